@@ -1,0 +1,120 @@
+// The kernel table: what an instruction set offers, and the arguments of each kernel family.
+//
+// Kernels take raw pointers and a row range. They neither allocate nor include torch: see vec.h.
+#pragma once
+#include <cstdint>
+
+namespace dass {
+
+enum Activation : int32_t { kNone = 0, kRelu = 1, kRelu6 = 2, kHardswish = 3 };
+
+// y[r, :] = act(bias[r] + sum_i values[i] * x[column(i), :] + residual[r, :]) for one tile of `V`
+// vectors of pixels, r in [row_begin, row_end). A column's pixels start at
+// x + offsets[column] (k x k convolutions) or x + column * pitch (`offsets` null).
+// With blocks of R outputs, rows count block rows and values are [block][R].
+template <class T>
+struct SpmmTile {
+  const T* x;
+  const int32_t* offsets;
+  int64_t pitch;
+  const T* values;
+  const int32_t* indices;
+  const int32_t* indptr;
+  int64_t row_begin;
+  int64_t row_end;
+  int64_t outputs;  // valid output rows: the last block may be short
+  T* y;             // output of row 0; row r starts at y + r * ldy
+  int64_t ldy;
+  const T* bias;      // by output row, or null
+  const T* residual;  // laid out like y, or null
+  // Vector v keeps the lanes in masks[v] and stores them at outs[v]. With `masks` null, vector v is
+  // stored at v * lanes, whole but for the last one, of which `tail` lanes are kept.
+  const uint32_t* masks;
+  const int32_t* outs;
+  int32_t tail;
+  Activation activation;
+};
+
+// dvalues[i * block + r] += <dy[row(i) * block + r, :], x[column(i), :]> over a tile of `V` vectors:
+// the sampled dense-dense product, which is the weight gradient on the mask.
+template <class T>
+struct SddmmTile {
+  const T* x;
+  const int32_t* offsets;
+  int64_t pitch;
+  const T* dy;
+  int64_t lddy;
+  const int32_t* indices;
+  const int32_t* indptr;
+  int64_t row_begin;  // block rows
+  int64_t row_end;
+  int64_t outputs;
+  int64_t block;
+  T* dvalues;
+};
+
+// y[b, r] = bias[r] + sum_k w[r, k] x[b, k] for a few vectors x, weights expanded from a bit mask.
+template <class T>
+struct GemvTile {
+  const T* x;  // [batch, ldx], zero-padded to a multiple of 16 columns
+  int64_t ldx;
+  int64_t batch;
+  const T* values;
+  const int32_t* indptr;
+  const uint16_t* bits;  // [rows, words]: bit j of word w is column 16 w + j
+  int64_t words;
+  int64_t row_begin;
+  int64_t row_end;
+  T* y;  // [batch, ldy]
+  int64_t ldy;
+  const T* bias;
+  Activation activation;
+};
+
+template <class T>
+using SpmmFn = void (*)(const SpmmTile<T>&);
+template <class T>
+using SddmmFn = void (*)(const SddmmTile<T>&);
+template <class T>
+using GemvFn = void (*)(const GemvTile<T>&);
+// dst[j * ldd + i] = src[i * lds + j] for i < rows, j < cols.
+template <class T>
+using TransposeFn = void (*)(const T* src, int64_t lds, T* dst, int64_t ldd, int64_t rows, int64_t cols);
+
+constexpr int kMaxVectors = 8;        // widest spmm tile, in vectors
+constexpr int kMaxSddmmVectors = 16;  // widest sddmm tile, in vectors
+constexpr int kBlockSizes = 4;        // index into spmm[]: R = 1, 4, 8, 16
+
+constexpr int block_slot(int64_t block) { return block == 1 ? 0 : block == 4 ? 1 : block == 8 ? 2 : 3; }
+
+template <class T>
+struct Kernels {
+  int lanes;
+  int max_vectors[kBlockSizes];
+  // [R][vectors - 1]; null past max_vectors.
+  SpmmFn<T> spmm[kBlockSizes][kMaxVectors];  // column * pitch
+  SpmmFn<T> conv[kBlockSizes][kMaxVectors];  // offsets[column]
+  SddmmFn<T> sddmm[kMaxSddmmVectors];        // column * pitch
+  SddmmFn<T> sddmm_conv[kMaxSddmmVectors];   // offsets[column]
+  GemvFn<T> gemv;                            // null where expanding is not worth it
+  TransposeFn<T> transpose;
+};
+
+struct KernelTable {
+  const char* isa;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+template <class T>
+const Kernels<T>& kernels_of(const KernelTable& table);
+template <>
+inline const Kernels<float>& kernels_of<float>(const KernelTable& table) {
+  return table.f32;
+}
+template <>
+inline const Kernels<double>& kernels_of<double>(const KernelTable& table) {
+  return table.f64;
+}
+
+}  // namespace dass

@@ -1,0 +1,219 @@
+// Vec<T>: one SIMD register of T, for the instruction set this file is compiled for.
+//
+// Every member is forced inline. A plain inline function compiled with -mavx512f could be the copy
+// the linker keeps for baseline code, and an older machine would then die with SIGILL.
+#pragma once
+#include <cstdint>
+
+#if defined(DASS_ISA_AVX512) || defined(DASS_ISA_AVX2)
+#include <immintrin.h>
+#elif defined(DASS_ISA_NEON)
+#include <arm_neon.h>
+#endif
+
+#define DASS_INLINE __attribute__((always_inline)) inline
+
+namespace dass {
+namespace DASS_ISA_NAME {
+
+template <class T>
+struct Vec;
+
+#if defined(DASS_ISA_AVX512)
+
+template <>
+struct Vec<float> {
+  static constexpr int lanes = 16;
+  __m512 r;
+  static DASS_INLINE Vec set1(float v) { return {_mm512_set1_ps(v)}; }
+  static DASS_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
+  static DASS_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static DASS_INLINE Vec load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  static DASS_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  DASS_INLINE void store(float* p) const { _mm512_storeu_ps(p, r); }
+  DASS_INLINE void store_n(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), r); }
+  // The lanes whose bit is set in `mask`, moved together to the front.
+  DASS_INLINE Vec compress(uint32_t mask) const { return {_mm512_maskz_compress_ps(static_cast<__mmask16>(mask), r)}; }
+  DASS_INLINE void fma(Vec a, Vec b) { r = _mm512_fmadd_ps(a.r, b.r, r); }
+  DASS_INLINE float sum() const { return _mm512_reduce_add_ps(r); }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int lanes = 8;
+  __m512d r;
+  static DASS_INLINE Vec set1(double v) { return {_mm512_set1_pd(v)}; }
+  static DASS_INLINE Vec zero() { return {_mm512_setzero_pd()}; }
+  static DASS_INLINE Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static DASS_INLINE Vec load_n(const double* p, int n) { return {_mm512_maskz_loadu_pd(first(n), p)}; }
+  static DASS_INLINE __mmask8 first(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
+  DASS_INLINE void store(double* p) const { _mm512_storeu_pd(p, r); }
+  DASS_INLINE void store_n(double* p, int n) const { _mm512_mask_storeu_pd(p, first(n), r); }
+  DASS_INLINE Vec compress(uint32_t mask) const { return {_mm512_maskz_compress_pd(static_cast<__mmask8>(mask), r)}; }
+  DASS_INLINE void fma(Vec a, Vec b) { r = _mm512_fmadd_pd(a.r, b.r, r); }
+  DASS_INLINE double sum() const { return _mm512_reduce_add_pd(r); }
+};
+
+DASS_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return {_mm512_add_ps(a.r, b.r)}; }
+DASS_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) { return {_mm512_mul_ps(a.r, b.r)}; }
+// max/min return b when either is NaN, so write max(constant, value): a NaN then stays a NaN.
+DASS_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) { return {_mm512_max_ps(a.r, b.r)}; }
+DASS_INLINE Vec<float> vmin(Vec<float> a, Vec<float> b) { return {_mm512_min_ps(a.r, b.r)}; }
+DASS_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) { return {_mm512_add_pd(a.r, b.r)}; }
+DASS_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) { return {_mm512_mul_pd(a.r, b.r)}; }
+DASS_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) { return {_mm512_max_pd(a.r, b.r)}; }
+DASS_INLINE Vec<double> vmin(Vec<double> a, Vec<double> b) { return {_mm512_min_pd(a.r, b.r)}; }
+
+#elif defined(DASS_ISA_AVX2)
+
+// Lane masks for n = 0..8 come from a sliding window over this table.
+alignas(64) static constexpr int32_t kSlide[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+
+template <>
+struct Vec<float> {
+  static constexpr int lanes = 8;
+  __m256 r;
+  static DASS_INLINE Vec set1(float v) { return {_mm256_set1_ps(v)}; }
+  static DASS_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
+  static DASS_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static DASS_INLINE __m256i first(int n) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kSlide + 8 - n));
+  }
+  static DASS_INLINE Vec load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
+  DASS_INLINE void store(float* p) const { _mm256_storeu_ps(p, r); }
+  DASS_INLINE void store_n(float* p, int n) const { _mm256_maskstore_ps(p, first(n), r); }
+  DASS_INLINE Vec compress(uint32_t mask) const {
+    alignas(32) float in[8];
+    alignas(32) float out[8] = {};
+    _mm256_store_ps(in, r);
+    for (int lane = 0, n = 0; lane < 8; ++lane)
+      if (mask >> lane & 1u) out[n++] = in[lane];
+    return {_mm256_load_ps(out)};
+  }
+  DASS_INLINE void fma(Vec a, Vec b) { r = _mm256_fmadd_ps(a.r, b.r, r); }
+  DASS_INLINE float sum() const {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(r), _mm256_extractf128_ps(r, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+  }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int lanes = 4;
+  __m256d r;
+  static DASS_INLINE Vec set1(double v) { return {_mm256_set1_pd(v)}; }
+  static DASS_INLINE Vec zero() { return {_mm256_setzero_pd()}; }
+  static DASS_INLINE Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static DASS_INLINE __m256i first(int n) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kSlide + 8 - 2 * n));
+  }
+  static DASS_INLINE Vec load_n(const double* p, int n) { return {_mm256_maskload_pd(p, first(n))}; }
+  DASS_INLINE void store(double* p) const { _mm256_storeu_pd(p, r); }
+  DASS_INLINE void store_n(double* p, int n) const { _mm256_maskstore_pd(p, first(n), r); }
+  DASS_INLINE Vec compress(uint32_t mask) const {
+    alignas(32) double in[4];
+    alignas(32) double out[4] = {};
+    _mm256_store_pd(in, r);
+    for (int lane = 0, n = 0; lane < 4; ++lane)
+      if (mask >> lane & 1u) out[n++] = in[lane];
+    return {_mm256_load_pd(out)};
+  }
+  DASS_INLINE void fma(Vec a, Vec b) { r = _mm256_fmadd_pd(a.r, b.r, r); }
+  DASS_INLINE double sum() const {
+    __m128d s = _mm_add_pd(_mm256_castpd256_pd128(r), _mm256_extractf128_pd(r, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+  }
+};
+
+DASS_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return {_mm256_add_ps(a.r, b.r)}; }
+DASS_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) { return {_mm256_mul_ps(a.r, b.r)}; }
+DASS_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) { return {_mm256_max_ps(a.r, b.r)}; }
+DASS_INLINE Vec<float> vmin(Vec<float> a, Vec<float> b) { return {_mm256_min_ps(a.r, b.r)}; }
+DASS_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) { return {_mm256_add_pd(a.r, b.r)}; }
+DASS_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) { return {_mm256_mul_pd(a.r, b.r)}; }
+DASS_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) { return {_mm256_max_pd(a.r, b.r)}; }
+DASS_INLINE Vec<double> vmin(Vec<double> a, Vec<double> b) { return {_mm256_min_pd(a.r, b.r)}; }
+
+#else  // scalar and NEON share the array form; NEON's registers replace float[4] and double[2].
+
+// `lanes` independent elements; the compiler may keep them in whatever baseline registers exist.
+template <class T>
+struct Vec {
+  static constexpr int lanes = 16 / sizeof(T);
+#if defined(DASS_ISA_NEON)
+  typedef T Reg __attribute__((vector_size(16)));
+#else
+  struct Reg {
+    T v[lanes];
+    DASS_INLINE T& operator[](int i) { return v[i]; }
+    DASS_INLINE const T& operator[](int i) const { return v[i]; }
+  };
+#endif
+  Reg r;
+  template <class F>
+  static DASS_INLINE Vec make(F f) {
+    Vec out;
+    for (int i = 0; i < lanes; ++i) out.r[i] = f(i);
+    return out;
+  }
+  static DASS_INLINE Vec set1(T v) {
+    return make([v](int) { return v; });
+  }
+  static DASS_INLINE Vec zero() { return set1(T(0)); }
+  static DASS_INLINE Vec load(const T* p) {
+    return make([p](int i) { return p[i]; });
+  }
+  static DASS_INLINE Vec load_n(const T* p, int n) {
+    return make([p, n](int i) { return i < n ? p[i] : T(0); });
+  }
+  DASS_INLINE void store(T* p) const {
+    for (int i = 0; i < lanes; ++i) p[i] = r[i];
+  }
+  DASS_INLINE void store_n(T* p, int n) const {
+    for (int i = 0; i < n; ++i) p[i] = r[i];
+  }
+  DASS_INLINE Vec compress(uint32_t mask) const {
+    Vec out = zero();
+    for (int i = 0, n = 0; i < lanes; ++i)
+      if (mask >> i & 1u) out.r[n++] = r[i];
+    return out;
+  }
+  DASS_INLINE void fma(Vec a, Vec b) {
+#if defined(DASS_ISA_NEON)
+    if constexpr (sizeof(T) == 4)
+      r = (Reg)vfmaq_f32((float32x4_t)r, (float32x4_t)a.r, (float32x4_t)b.r);
+    else
+      r = (Reg)vfmaq_f64((float64x2_t)r, (float64x2_t)a.r, (float64x2_t)b.r);
+#else
+    for (int i = 0; i < lanes; ++i) r[i] += a.r[i] * b.r[i];
+#endif
+  }
+  DASS_INLINE T sum() const {
+    T s = r[0];
+    for (int i = 1; i < lanes; ++i) s += r[i];
+    return s;
+  }
+};
+
+template <class T>
+DASS_INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) {
+  return Vec<T>::make([&](int i) { return a.r[i] + b.r[i]; });
+}
+template <class T>
+DASS_INLINE Vec<T> operator*(Vec<T> a, Vec<T> b) {
+  return Vec<T>::make([&](int i) { return a.r[i] * b.r[i]; });
+}
+template <class T>
+DASS_INLINE Vec<T> vmax(Vec<T> a, Vec<T> b) {
+  return Vec<T>::make([&](int i) { return a.r[i] > b.r[i] ? a.r[i] : b.r[i]; });
+}
+template <class T>
+DASS_INLINE Vec<T> vmin(Vec<T> a, Vec<T> b) {
+  return Vec<T>::make([&](int i) { return a.r[i] < b.r[i] ? a.r[i] : b.r[i]; });
+}
+
+#endif
+
+}  // namespace DASS_ISA_NAME
+}  // namespace dass

@@ -1,0 +1,211 @@
+// A sparse convolution as sparse rows times panels of pixels. Three ways to make the panels:
+//
+//   pointwise  1x1: a tile of pixels straight from the image, or copied first when it is read often
+//   planes     k x k: padded planes of one image; a tap is an offset, tiles run across rows
+//   lanes      batches: as many images as a register has lanes, side by side, so every tap is aligned
+#pragma once
+#include "pack.h"
+#include "pattern.h"
+#include "runtime.h"
+
+namespace dass {
+
+template <class T>
+struct Epilogue {
+  const T* bias;
+  const T* residual;
+  Activation activation;
+};
+
+// Copying a tile costs about as much as reading each of its columns five times in place.
+constexpr double kReusePack = 5.5;
+// Bytes of panel that should stay in L2 while all rows pass over it.
+constexpr int64_t kPlaneBudget = 1 << 20;
+constexpr int64_t kLanesBudget = 3 << 19;
+
+template <class T>
+SpmmTile<T> make_tile(const Matrix<T>& m, const Epilogue<T>& e) {
+  SpmmTile<T> t{};
+  t.values = m.values;
+  t.indices = m.indices;
+  t.indptr = m.indptr;
+  t.outputs = m.outputs;
+  t.bias = e.bias;
+  t.residual = e.residual;
+  t.activation = e.activation;
+  return t;
+}
+
+// Block rows of `group` that belong to parts [first, last) of `parts`.
+template <class T>
+void set_rows(SpmmTile<T>& t, const Matrix<T>& m, int64_t group, int64_t first, int64_t last, int64_t parts) {
+  const int64_t per = m.group_block_rows();
+  t.row_begin = split_rows(m.indptr, group * per, (group + 1) * per, first, parts);
+  t.row_end = split_rows(m.indptr, group * per, (group + 1) * per, last, parts);
+}
+
+// Even tiles of at most `most` vectors.
+inline int64_t tile_vectors(int64_t vectors, int64_t most) { return ceil_div(vectors, ceil_div(vectors, most)); }
+
+template <class T>
+void conv_pointwise(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, T* y, const Epilogue<T>& e) {
+  const int slot = block_slot(m.block);
+  const int64_t pixels = s.h * s.w, lanes = k.lanes, cg = m.channels();
+  const int64_t vectors = tile_vectors(ceil_div(pixels, lanes), k.max_vectors[slot]);
+  const int64_t width = vectors * lanes, tiles = ceil_div(pixels, width);
+  const bool pack = m.reuse() >= kReusePack;
+  for_units(s.n * m.groups * tiles, [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
+    const int64_t p0 = unit % tiles * width, g = unit / tiles % m.groups, n = unit / tiles / m.groups;
+    const int64_t count = std::min(width, pixels - p0), v = ceil_div(count, lanes);
+    SpmmTile<T> t = make_tile(m, e);
+    set_rows(t, m, g, first, last, parts);
+    const T* src = x + (n * s.c + g * cg) * pixels + p0;
+    if (pack || count % lanes) {
+      t.pitch = v * lanes;
+      T* panel = buffer(kPanel).get<T>(cg * t.pitch);
+      for (int64_t c = 0; c < cg; ++c) {
+        std::memcpy(panel + c * t.pitch, src + c * pixels, count * sizeof(T));
+        std::memset(panel + c * t.pitch + count, 0, (t.pitch - count) * sizeof(T));
+      }
+      t.x = panel;
+    } else {
+      t.pitch = pixels;
+      t.x = src;
+    }
+    t.y = y + n * s.o * pixels + p0;
+    t.ldy = pixels;
+    if (t.residual) t.residual += n * s.o * pixels + p0;
+    t.tail = static_cast<int32_t>(count - (v - 1) * lanes);
+    k.spmm[slot][v - 1](t);
+  });
+}
+
+// Which lanes of each vector of a flat tile of `rows` output rows are pixels, and where they go.
+inline void fill_masks(const Shape& s, const Plane& p, int64_t rows, int64_t lanes, uint32_t* masks, int32_t* outs) {
+  const int64_t total = ceil_div((rows - 1) * p.stride + s.ow, lanes);
+  int64_t at = 0;
+  for (int64_t v = 0; v < total; ++v) {
+    masks[v] = 0;
+    outs[v] = static_cast<int32_t>(at);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t f = v * lanes + lane;
+      if (f / p.stride < rows && f % p.stride < s.ow) {
+        masks[v] |= 1u << lane;
+        ++at;
+      }
+    }
+  }
+}
+
+// Output rows per panel, so that `channels` planes fit the budget.
+inline int64_t panel_rows(const Shape& s, int64_t channels, int64_t lanes, int64_t elem, int64_t budget) {
+  const int64_t row =
+      channels * lanes * elem * (s.ow + (s.kw - 1) * s.dw) * std::min(s.sw, s.kw) * std::min(s.sh, s.kh);
+  const int64_t halo = (s.kh - 1) * s.dh / s.sh;
+  const int64_t most = std::max<int64_t>(1, budget / std::max<int64_t>(1, row) - halo);
+  return ceil_div(s.oh, ceil_div(s.oh, std::min(s.oh, most)));
+}
+
+template <class T>
+void conv_planes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, T* y, const Epilogue<T>& e) {
+  const int slot = block_slot(m.block);
+  const int64_t lanes = k.lanes, cg = m.channels();
+  const int64_t rows = panel_rows(s, cg, 1, sizeof(T), kPlaneBudget);
+  const Plane p = make_plane(s, rows, true, kMaxVectors * lanes, lanes);
+  const int64_t tiles = ceil_div(s.oh, rows), last_rows = s.oh - (tiles - 1) * rows;
+  int32_t* offsets = buffer(kOffsets).get<int32_t>(m.columns);
+  fill_offsets(s, p, cg, 1, offsets);
+  const int64_t vmax = ceil_div((rows - 1) * p.stride + s.ow, lanes);
+  auto* masks = buffer(kOther).get<uint32_t>(4 * vmax);
+  auto* outs = reinterpret_cast<int32_t*>(masks + 2 * vmax);
+  fill_masks(s, p, rows, lanes, masks, outs);
+  fill_masks(s, p, last_rows, lanes, masks + vmax, outs + vmax);
+  for_units(s.n * m.groups * tiles, [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
+    const int64_t oy0 = unit % tiles * rows, g = unit / tiles % m.groups, n = unit / tiles / m.groups;
+    const bool whole = oy0 + rows <= s.oh;
+    const int64_t count = whole ? rows : last_rows;
+    SpmmTile<T> t = make_tile(m, e);
+    set_rows(t, m, g, first, last, parts);
+    T* panel = buffer(kPanel).get<T>(cg * p.channel);
+    pack_planes(s, p, cg, oy0, x + (n * s.c + g * cg) * s.h * s.w, panel);
+    t.offsets = offsets;
+    t.ldy = s.oh * s.ow;
+    const int64_t at = n * s.o * t.ldy + oy0 * s.ow;
+    t.y = y + at;
+    if (t.residual) t.residual += at;
+    const int64_t total = ceil_div((count - 1) * p.stride + s.ow, lanes);
+    const int64_t step = tile_vectors(total, k.max_vectors[slot]);
+    for (int64_t v = 0; v < total; v += step) {
+      t.x = panel + v * lanes;
+      t.masks = masks + (whole ? 0 : vmax) + v;
+      t.outs = outs + (whole ? 0 : vmax) + v;
+      k.conv[slot][std::min(step, total - v) - 1](t);
+    }
+  });
+}
+
+// `lanes` images at a time; s.n is a multiple of lanes. No residual: it would have to be transposed.
+template <class T>
+void conv_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, T* y, const Epilogue<T>& e) {
+  const int slot = block_slot(m.block);
+  const int64_t lanes = k.lanes, cg = m.channels();
+  const int64_t rows = panel_rows(s, cg, lanes, sizeof(T), kLanesBudget);
+  const Plane p = make_plane(s, rows, false, kMaxVectors, 1);
+  const int64_t tiles = ceil_div(s.oh, rows), pixels = s.oh * s.ow;
+  int32_t* offsets = buffer(kOffsets).get<int32_t>(m.columns);
+  fill_offsets(s, p, cg, lanes, offsets);
+  const int64_t step = tile_vectors(s.ow, k.max_vectors[slot]);
+  for_units(s.n / lanes * m.groups * tiles, [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
+    const int64_t oy0 = unit % tiles * rows, g = unit / tiles % m.groups, n = unit / tiles / m.groups * lanes;
+    SpmmTile<T> t = make_tile(m, e);
+    set_rows(t, m, g, first, last, parts);
+    if (t.row_begin == t.row_end) return;
+    T* panel = buffer(kPanel).get<T>(cg * p.channel * lanes);
+    pack_lanes(k, s, p, cg, oy0, x + (n * s.c + g * cg) * s.h * s.w, panel, buffer(kOther).get<T>(s.w * lanes));
+    const int64_t o0 = t.row_begin * m.block, o1 = std::min(t.row_end * m.block, m.outputs);
+    t.offsets = offsets;
+    t.ldy = s.ow * lanes;
+    T* out = buffer(kOutput).get<T>((o1 - o0) * t.ldy);
+    t.tail = static_cast<int32_t>(lanes);
+    for (int64_t oy = oy0; oy < std::min(oy0 + rows, s.oh); ++oy) {
+      for (int64_t ox = 0; ox < s.ow; ox += step) {
+        t.x = panel + ((oy - oy0) * p.stride + ox) * lanes;
+        t.y = out - o0 * t.ldy + ox * lanes;
+        k.conv[slot][std::min(step, s.ow - ox) - 1](t);
+      }
+      for (int64_t o = o0; o < o1; ++o)
+        k.transpose(out + (o - o0) * t.ldy, lanes, y + (n * s.o + o) * pixels + oy * s.ow, s.o * pixels, s.ow, lanes);
+    }
+  });
+}
+
+// Images side by side pay for two transpositions; with few nonzeros a column that is not won back.
+template <class T>
+bool lanes_pay(const Kernels<T>& k, const Matrix<T>& m, const Shape& s) {
+  if (s.n < k.lanes || m.reuse() < 2.0) return false;
+  if (!s.pointwise()) return true;
+  const int64_t pixels = s.h * s.w;
+  return pixels * 100 < ceil_div(pixels, k.lanes) * k.lanes * 85;
+}
+
+template <class T>
+void run_conv(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, T* y, const Epilogue<T>& e) {
+  if (s.n == 0 || s.o == 0 || s.oh == 0 || s.ow == 0) return;
+  int64_t done = 0;
+  if (!e.residual && lanes_pay(k, m, s)) {
+    Shape most = s;
+    most.n = done = s.n / k.lanes * k.lanes;
+    conv_lanes(k, m, most, x, y, e);
+  }
+  if (done == s.n) return;
+  Shape rest = s;
+  rest.n = s.n - done;
+  x += done * s.c * s.h * s.w;
+  y += done * s.o * s.oh * s.ow;
+  if (s.pointwise())
+    conv_pointwise(k, m, rest, x, y, e);
+  else
+    conv_planes(k, m, rest, x, y, e);
+}
+
+}  // namespace dass

@@ -1,0 +1,91 @@
+// Copies input planes into panels: padding made explicit, strides split into phases.
+#pragma once
+#include <cstring>
+
+#include "../cpu/kernels.h"
+#include "shape.h"
+
+namespace dass {
+
+// Row `y` of phase (a, b) of the padded, zero-stuffed input: which input row it is, or -1 for zeros.
+inline int64_t input_row(const Shape& s, int64_t padded_row) {
+  const int64_t iy = padded_row - s.pt;
+  if (iy < 0 || iy % s.uh) return -1;
+  return iy / s.uh < s.h ? iy / s.uh : -1;
+}
+
+// One row of one phase: dst[j] = padded[j * sw + b], j < p.stride.
+template <class T>
+void pack_row(const Shape& s, const Plane& p, int64_t b, const T* src, T* dst) {
+  if (s.sw == 1 && s.uw == 1) {
+    const int64_t left = std::min(std::max<int64_t>(s.pl, 0), p.stride);
+    const int64_t skip = std::max<int64_t>(-s.pl, 0);
+    const int64_t count = std::max<int64_t>(0, std::min(p.stride - left, s.w - skip));
+    std::memset(dst, 0, left * sizeof(T));
+    std::memcpy(dst + left, src + skip, count * sizeof(T));
+    std::memset(dst + left + count, 0, (p.stride - left - count) * sizeof(T));
+    return;
+  }
+  for (int64_t j = 0; j < p.stride; ++j) {
+    const int64_t ix = j * s.sw + b - s.pl;
+    const bool inside = ix >= 0 && ix % s.uw == 0 && ix / s.uw < s.w;
+    dst[j] = inside ? src[ix / s.uw] : T(0);
+  }
+}
+
+// Channels [0, channels) of one image, output rows [oy0, oy0 + p.rows).
+template <class T>
+void pack_planes(const Shape& s, const Plane& p, int64_t channels, int64_t oy0, const T* x, T* panel) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* plane = x + c * s.h * s.w;
+    T* base = panel + c * p.channel;
+    for (const auto& [a, b] : p.phases) {
+      for (int64_t y = 0; y < p.in_rows; ++y, base += p.stride) {
+        const int64_t row = input_row(s, (oy0 + y) * s.sh + a);
+        if (row < 0)
+          std::memset(base, 0, p.stride * sizeof(T));
+        else
+          pack_row(s, p, b, plane + row * s.w, base);
+      }
+    }
+    std::memset(base, 0, (panel + (c + 1) * p.channel - base) * sizeof(T));
+  }
+}
+
+// The same with `lanes` images side by side in the innermost place; `row` holds one transposed row.
+template <class T>
+void pack_lanes(const Kernels<T>& k, const Shape& s, const Plane& p, int64_t channels, int64_t oy0, const T* x,
+                T* panel, T* row) {
+  const int64_t lanes = k.lanes, image = s.c * s.h * s.w;
+  for (int64_t c = 0; c < channels; ++c) {
+    T* base = panel + c * p.channel * lanes;
+    for (const auto& [a, b] : p.phases) {
+      for (int64_t y = 0; y < p.in_rows; ++y, base += p.stride * lanes) {
+        const int64_t iy = input_row(s, (oy0 + y) * s.sh + a);
+        if (iy < 0) {
+          std::memset(base, 0, p.stride * lanes * sizeof(T));
+          continue;
+        }
+        const T* src = x + (c * s.h + iy) * s.w;
+        if (s.sw == 1 && s.uw == 1 && s.pl >= 0) {
+          const int64_t count = std::max<int64_t>(0, std::min(p.stride - s.pl, s.w));
+          std::memset(base, 0, s.pl * lanes * sizeof(T));
+          k.transpose(src, image, base + s.pl * lanes, lanes, lanes, count);
+          std::memset(base + (s.pl + count) * lanes, 0, (p.stride - s.pl - count) * lanes * sizeof(T));
+          continue;
+        }
+        k.transpose(src, image, row, lanes, lanes, s.w);
+        for (int64_t j = 0; j < p.stride; ++j) {
+          const int64_t ix = j * s.sw + b - s.pl;
+          const bool inside = ix >= 0 && ix % s.uw == 0 && ix / s.uw < s.w;
+          if (inside)
+            std::memcpy(base + j * lanes, row + ix / s.uw * lanes, lanes * sizeof(T));
+          else
+            std::memset(base + j * lanes, 0, lanes * sizeof(T));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace dass

@@ -1,0 +1,552 @@
+"""Pruning a whole model, at once or along a schedule, and keeping pruned weights at zero.
+
+`dass.masks` decides which weights of a tensor stay; this module finds the layers, swaps them for
+their sparse twins in place, and guards the masks while an optimiser steps.
+"""
+
+import difflib
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
+from torch.utils.hooks import RemovableHandle
+
+from dass.masks import (
+    SCOPES,
+    layer_counts,
+    norm_kept,
+    parse_pattern,
+    pattern_capacity,
+    pattern_fits,
+    pattern_mask,
+)
+from dass.nn import SparseConv2d, SparseLinear
+
+METHODS = ("magnitude", "random")
+EXCLUDE_WORDS = ("depthwise", "first", "last")
+Score = Callable[[str, nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned layer. names: every name it goes by (shared module or tied weight)."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    weights: int
+    kept: int
+    norm_kept: float
+    pattern: str
+
+    @property
+    def density(self) -> float:
+        return self.kept / self.weights
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune` did: one row per layer, the totals over them, and what was left alone and why.
+
+    `sparsity` is the one reached, `requested` the one asked for. `print(report)` gives a table.
+    """
+
+    requested: float
+    method: str
+    scope: str
+    pattern: str
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+    weights: int = field(init=False)
+    kept: int = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "weights", sum(row.weights for row in self.layers))
+        object.__setattr__(self, "kept", sum(row.kept for row in self.layers))
+
+    @property
+    def density(self) -> float:
+        return self.kept / self.weights
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.density
+
+    def to_dict(self) -> dict:
+        """Plain numbers, strings, lists and dicts, as JSON knows them."""
+        layers = [
+            {**asdict(row), "names": [*row.names], "shape": [*row.shape], "density": row.density}
+            for row in self.layers
+        ]
+        skipped = [{"name": name, "reason": reason} for name, reason in self.skipped]
+        totals = {"density": self.density, "sparsity": self.sparsity}
+        return {**asdict(self), **totals, "layers": layers, "skipped": skipped}
+
+    def __str__(self) -> str:
+        table = [("layer", "shape", "weights", "kept", "density", "norm kept", "pattern")]
+        for row in self.layers:
+            name, shape = " = ".join(row.names), "x".join(map(str, row.shape))
+            numbers = (f"{row.weights:,}", f"{row.kept:,}", f"{row.density:.2%}")
+            table.append((name, shape, *numbers, f"{row.norm_kept:.2%}", row.pattern))
+        totals = (f"{self.weights:,}", f"{self.kept:,}", f"{self.density:.2%}")
+        table.append((f"all {len(self.layers)}", "", *totals, "", ""))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        justify = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust, str.ljust)
+        lines = [
+            "  ".join(f(*cell) for f, *cell in zip(justify, row, widths, strict=True)).rstrip()
+            for row in table
+        ]
+        lines.append(
+            f"{self.method}, {self.scope}, {self.pattern}: "
+            f"sparsity {self.sparsity:.4%}, asked for {self.requested:.4%}"
+        )
+        lines += [f"left dense: {name} ({reason})" for name, reason in self.skipped]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How masks are chosen: the keywords that `prune` and `GradualPruner` share."""
+
+    method: str | Score = "magnitude"
+    scope: str = "uniform"
+    pattern: str = "unstructured"
+    floor: int | float = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        if not callable(self.method) and self.method not in METHODS:
+            raise ValueError(
+                f"unknown method {self.method!r}; known: {', '.join(METHODS)}, "
+                "or a function (name, module) -> scores"
+            )
+        if self.scope not in SCOPES:
+            raise ValueError(f"unknown scope {self.scope!r}; known: {', '.join(SCOPES)}")
+        spec = parse_pattern(self.pattern)
+        object.__setattr__(self, "pattern", spec.word)
+        if spec.kind == "n:m" and self.scope != "uniform":
+            raise ValueError(f"pattern {spec.word!r} fixes every density: scope must be 'uniform'")
+
+    def check_sparsity(self, sparsity: float, name: str = "sparsity") -> None:
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {sparsity}")
+        spec = parse_pattern(self.pattern)
+        if spec.kind == "n:m" and abs(sparsity - (1 - spec.n / spec.m)) > 1e-6:
+            exact = 1 - spec.n / spec.m
+            raise ValueError(f"pattern {spec.word!r} has {name} {exact:.6g}, got {sparsity}")
+
+    def pattern_of(self, unit: "_Unit") -> str:
+        """The pattern, or "unstructured" where the layer's shape cannot hold it."""
+        fits = pattern_fits(unit.weight.shape, self.pattern, unit.groups)
+        return self.pattern if fits else "unstructured"
+
+    def masks(self, units: "list[_Unit]", sparsity: float, monotone: bool = False) -> list[Tensor]:
+        """One mask per unit. monotone: inside the masks that the units have now."""
+        spec = parse_pattern(self.pattern)
+        if spec.kind == "n:m":
+            sparsity = 1 - Fraction(spec.n, spec.m)
+        scores = [self._scores(unit, i) for i, unit in enumerate(units)]
+        shapes = [tuple(unit.weight.shape) for unit in units]
+        caps = [pattern_capacity(unit.weight.shape, self.pattern_of(unit)) for unit in units]
+        within = [unit.modules[0].mask if monotone else None for unit in units]
+        if monotone:
+            caps = [max(1, int(old.sum())) for old in within]
+        ranked = scores if self.scope in ("global", "lamp") else None
+        counts = layer_counts(shapes, sparsity, self.scope, ranked, self.floor, caps)
+        return [
+            pattern_mask(
+                score,
+                count / score.numel(),
+                self.pattern_of(unit),
+                groups=unit.groups,
+                within=old,
+            )
+            for unit, score, count, old in zip(units, scores, counts, within, strict=True)
+        ]
+
+    def _scores(self, unit: "_Unit", index: int) -> Tensor:
+        weight = unit.weight.detach()
+        if self.method == "magnitude":
+            return weight
+        if self.method == "random":
+            generator = torch.Generator().manual_seed(self.seed + index)
+            return torch.rand(weight.shape, generator=generator).to(weight.device)
+        scores = self.method(unit.names[0], unit.modules[0])
+        if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"scores of {unit.names[0]} must be a tensor {tuple(weight.shape)}, got {got}"
+            )
+        return scores.detach().to(weight.device)
+
+    def report(self, units, masks, sparsity, skipped) -> PruneReport:
+        rows = tuple(
+            LayerReport(
+                names=unit.names,
+                shape=tuple(unit.weight.shape),
+                weights=mask.numel(),
+                kept=int(mask.sum()),
+                norm_kept=norm_kept(unit.weight, mask),
+                pattern=self.pattern_of(unit),
+            )
+            for unit, mask in zip(units, masks, strict=True)
+        )
+        method = getattr(self.method, "__name__", str(self.method))
+        return PruneReport(sparsity, method, self.scope, self.pattern, rows, tuple(skipped))
+
+
+def prune(
+    model: nn.Module,
+    sparsity: float,
+    method: str | Score = "magnitude",
+    scope: str = "uniform",
+    pattern: str = "unstructured",
+    exclude: str | Iterable[str] = (),
+    floor: int | float = 1,
+    seed: int = 0,
+) -> PruneReport:
+    """Prune `model` in place to `sparsity` in [0, 1) over its Conv2d and Linear weights.
+
+    Each eligible layer becomes a SparseConv2d / SparseLinear with a frozen mask, under the same
+    name, with the same Parameter objects, hooks, attributes and mode; a layer that is sparse
+    already gets the new mask. Biases and other modules stay as they are. Eligible: exactly
+    nn.Conv2d or nn.Linear (a subclass may run code of its own) and any sparse layer.
+
+    method: "magnitude" (|w|), "random" (uniform, from `seed`), or a function (name, module) ->
+        scores of the weight's shape, the largest |score| kept.
+    scope: how the weights that stay are shared between layers: "uniform", "erk", "global" or
+        "lamp", see `masks.layer_counts`. The scope decides how many from single weights, the
+        pattern then decides which.
+    pattern: see `masks.pattern_mask`; blocks are kept whole, so counts are rounded up to blocks.
+    exclude: layers to leave alone: globs on module names (fnmatch; a match on a container holds for
+        all below it) and the words "depthwise" (groups = in_channels > 1), "first" and "last" (by
+        order of registration, over eligible layers). Default none, the setting of the DASS paper.
+    floor: the least that a layer keeps, as a count (int) or a density (float in (0, 1)).
+
+    A module registered under several names stays one module. Layers tied by one weight Parameter
+    stay tied, get one mask and count once. Raises ValueError where a weight is also used by a
+    module that is not pruned, for unknown words, a sparsity outside [0, 1) or out of the pattern's
+    reach, a glob that matches nothing, and a model without eligible layer; the model is then
+    unchanged.
+    """
+    rule = _Rule(method, scope, pattern, floor, seed)
+    rule.check_sparsity(sparsity)
+    units, skipped = _find_units(model, exclude)
+    masks = rule.masks(units, sparsity)
+    report = rule.report(units, masks, sparsity, skipped)
+    _apply_masks(model, units, masks, rule)
+    return report
+
+
+@dataclass
+class _Unit:
+    """The modules that share one weight Parameter (nearly always one), and all their names."""
+
+    names: tuple[str, ...]
+    modules: list[nn.Module]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.modules[0].weight
+
+    @property
+    def groups(self) -> int:
+        return getattr(self.modules[0], "groups", 1)
+
+
+def _find_units(
+    model: nn.Module, exclude: str | Iterable[str]
+) -> tuple[list[_Unit], list[tuple[str, str]]]:
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    skipped, eligible = [], {}
+    for module, aliases in names.items():
+        reason = _why_not(module)
+        if reason:
+            skipped.append((aliases[0], reason))
+        elif reason is None:
+            eligible[module] = aliases
+    for module, word in _excluded(eligible, names, exclude).items():
+        skipped.append((eligible.pop(module)[0], f"excluded by {word!r}"))
+    if not eligible:
+        raise ValueError(f"no layer to prune in {type(model).__name__}; {skipped or 'none found'}")
+    if model in eligible and not isinstance(model, (SparseConv2d, SparseLinear)):
+        raise ValueError(
+            f"a bare {type(model).__name__} cannot be swapped in place: wrap it in nn.Sequential"
+        )
+    units: dict[nn.Parameter, _Unit] = {}
+    for module, aliases in eligible.items():
+        unit = units.setdefault(module.weight, _Unit((), []))
+        unit.names += tuple(aliases)
+        unit.modules.append(module)
+    _check_ties(names, units)
+    return list(units.values()), skipped
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """None: eligible. "": no layer with a weight of this kind. Else why it is left dense."""
+    if not isinstance(module, (_ConvNd, nn.Linear)):
+        return ""
+    if not isinstance(module, (nn.Conv2d, nn.Linear)):
+        return f"no sparse {type(module).__name__}"
+    weight = module._parameters.get("weight")
+    if "forward" in vars(module):
+        return "its forward has been replaced"
+    if isinstance(weight, UninitializedParameter):
+        return "lazy: its shape is not known before the first forward"
+    if weight is None:
+        return "its weight is computed, not a Parameter"
+    if type(module) not in (nn.Conv2d, nn.Linear) and not isinstance(
+        module, (SparseConv2d, SparseLinear)
+    ):
+        return f"{type(module).__name__} is a subclass that may run code of its own"
+    if not weight.is_floating_point():
+        return f"{weight.dtype} weight"
+    return "empty" if weight.numel() == 0 else None
+
+
+def _excluded(eligible: dict, names: dict, exclude: str | Iterable[str]) -> dict[nn.Module, str]:
+    """The eligible modules to leave alone, each with the glob or word that says so."""
+    found: dict[nn.Module, str] = {}
+    order = list(eligible)
+    for glob in [exclude] if isinstance(exclude, str) else exclude:
+        roots = [name for aliases in names.values() for name in aliases if fnmatchcase(name, glob)]
+        hits = [
+            module
+            for module, aliases in eligible.items()
+            if any(not r or a == r or a.startswith(r + ".") for a in aliases for r in roots)
+        ]
+        if glob == "depthwise":
+            hits += [
+                m for m in order if getattr(m, "groups", 1) == getattr(m, "in_channels", 0) > 1
+            ]
+        elif glob in ("first", "last"):
+            hits += order[:1] if glob == "first" else order[-1:]
+        elif not hits:
+            known = [name for aliases in eligible.values() for name in aliases]
+            close = difflib.get_close_matches(glob, known, n=5, cutoff=0) or known[:5]
+            raise ValueError(
+                f"exclude {glob!r} matches no layer that could be pruned; "
+                f"closest: {', '.join(close)}; words: {', '.join(EXCLUDE_WORDS)}"
+            )
+        found.update((module, glob) for module in hits if module not in found)
+    return found
+
+
+def _check_ties(names: dict[nn.Module, list[str]], units: dict[nn.Parameter, _Unit]) -> None:
+    for module, aliases in names.items():
+        for key, parameter in module._parameters.items():
+            unit = units.get(parameter) if parameter is not None else None
+            if unit and not (key == "weight" and any(module is m for m in unit.modules)):
+                raise ValueError(
+                    f"the weight of {unit.names[0]} is also {aliases[0]}.{key}, which is not "
+                    f"pruned: exclude {unit.names[0]!r}, or untie them"
+                )
+
+
+def _apply_masks(model: nn.Module, units: list[_Unit], masks: list[Tensor], rule: _Rule) -> None:
+    """Give every unit its mask; dense modules are replaced under every parent that holds them."""
+    swapped: dict[nn.Module, nn.Module] = {}
+    for unit, mask in zip(units, masks, strict=True):
+        pattern = rule.pattern_of(unit)
+        for i, module in enumerate(unit.modules):
+            if isinstance(module, (SparseConv2d, SparseLinear)):
+                module.pattern = pattern
+                module.set_mask(mask)
+            else:
+                unit.modules[i] = swapped[module] = _sparse_twin(module, mask, pattern)
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child in swapped:
+                parent._modules[key] = swapped[child]
+
+
+def _sparse_twin(module: nn.Module, mask: Tensor, pattern: str) -> nn.Module:
+    kind = SparseConv2d if isinstance(module, nn.Conv2d) else SparseLinear
+    twin = kind.from_dense(module, mask)
+    twin.pattern = pattern
+    for key, value in vars(module).items():
+        if key not in vars(twin) or key in ("training", "_is_full_backward_hook"):
+            vars(twin)[key] = value
+        elif key in ("_parameters", "_buffers", "_modules"):
+            vars(twin)[key].update({k: v for k, v in value.items() if k not in vars(twin)[key]})
+        elif "_hooks" in key:
+            # The dict itself moves: a RemovableHandle holds the dict it will remove from.
+            value.update(vars(twin)[key])
+            vars(twin)[key] = value
+            for hook in value.values():
+                if getattr(hook, "with_module", False):
+                    hook.module = weakref.ref(twin)
+    return twin
+
+
+def cubic_sparsity(step: int, begin: int, end: int, initial: float, final: float) -> float:
+    """`s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^3`, t clipped to [t_0, t_1].
+
+    Zhu & Gupta 2017, arXiv 1710.01878, equation 1, with t_1 = t_0 + n dt.
+    """
+    left = 1 - (min(max(step, begin), end) - begin) / (end - begin)
+    return final + (initial - final) * left**3
+
+
+class GradualPruner:
+    """Prunes while training, along the cubic schedule: call `step()` after `optimizer.step()`.
+
+        pruner = GradualPruner(model, optimizer, 0.9, begin=1000, end=9000, every=100)
+        for x, y in loader:
+            ...; optimizer.step(); report = pruner.step()
+
+    The first call of `step()` is t = 0. At t = begin, begin + every, ... and at t = end the masks
+    are chosen anew for `cubic_sparsity(t)`; `step()` then returns the PruneReport, else None. The
+    constructor swaps the layers (mask all True where they were dense) and attaches the masks to the
+    optimiser (`attach_masks`), whose slots of newly pruned weights are zeroed at once.
+
+    monotone: once pruned, never back. If False a weight comes back where its score has grown, which
+        takes a score function that ranks pruned weights, or a weight that something else rewrote.
+    rule: method, scope, pattern, floor, seed, as in `prune`.
+
+    To resume: build the model, the optimiser and the pruner as before, then load the three state
+    dicts; the masks travel in the model's. The run is then bit for bit the unbroken one.
+    An average of the model (AveragedModel) follows with `copy_masks(model, average.module)` after
+    each report. Raises ValueError as `prune` does, and unless 0 <= begin < end and every >= 1 and
+    initial_sparsity <= final_sparsity.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        final_sparsity: float,
+        begin: int,
+        end: int,
+        every: int = 1,
+        *,
+        initial_sparsity: float = 0.0,
+        exclude: str | Iterable[str] = (),
+        monotone: bool = True,
+        **rule,
+    ):
+        self._rule = _Rule(**rule)
+        self._rule.check_sparsity(final_sparsity, "final_sparsity")
+        self._rule.check_sparsity(initial_sparsity, "initial_sparsity")
+        if not 0 <= begin < end or every < 1 or initial_sparsity > final_sparsity:
+            raise ValueError(
+                "need 0 <= begin < end, every >= 1 and initial_sparsity <= final_sparsity, got "
+                f"begin={begin}, end={end}, every={every}, {initial_sparsity}, {final_sparsity}"
+            )
+        self.model, self.optimizer, self.monotone = model, optimizer, monotone
+        self.initial_sparsity, self.final_sparsity = initial_sparsity, final_sparsity
+        self.begin, self.end, self.every = begin, end, every
+        self.steps = 0
+        self._units, self._skipped = _find_units(model, exclude)
+        masks = [
+            getattr(unit.modules[0], "mask", torch.ones_like(unit.weight, dtype=torch.bool))
+            for unit in self._units
+        ]
+        _apply_masks(model, self._units, masks, self._rule)
+        self._handle = attach_masks(optimizer, model)
+
+    @property
+    def sparsity(self) -> float:
+        """The schedule's target at the next `step()`."""
+        return cubic_sparsity(
+            self.steps, self.begin, self.end, self.initial_sparsity, self.final_sparsity
+        )
+
+    def step(self) -> PruneReport | None:
+        t, target = self.steps, self.sparsity
+        self.steps += 1
+        if not self.begin <= t <= self.end or ((t - self.begin) % self.every and t != self.end):
+            return None
+        masks = self._rule.masks(self._units, target, self.monotone)
+        report = self._rule.report(self._units, masks, target, self._skipped)
+        _apply_masks(self.model, self._units, masks, self._rule)
+        enforce_masks(self.optimizer, self.model)
+        return report
+
+    def state_dict(self) -> dict:
+        keys = ("final_sparsity", "begin", "end", "every", "initial_sparsity", "monotone")
+        return {"steps": self.steps, **{key: getattr(self, key) for key in keys}}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes the step count; raises ValueError where the saved schedule is another one."""
+        mine = self.state_dict()
+        wrong = [k for k in mine if k != "steps" and state.get(k) != mine[k]]
+        if wrong or "steps" not in state:
+            raise ValueError(f"saved schedule {state} differs from {mine} in {wrong or ['steps']}")
+        self.steps = state["steps"]
+
+
+def attach_masks(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
+    """After every `optimizer.step()`, and now, zero the pruned weights of `model` and their slots.
+
+    Momentum, weight decay and Adam's moments move a weight whose gradient is zero, so a masked
+    gradient alone lets pruned weights come back. The hook looks the layers up at each step: it
+    holds for layers pruned later. A layer whose mask is still being learned is left alone. The
+    hook does not travel with a pickled or copied optimiser: attach again. Returns a handle; its
+    `remove()` ends the guard. ValueError if `optimizer` has none of the model's pruned weights.
+    """
+    pruned = {layer.weight for layer in _frozen_layers(model)}
+    if pruned and not any(p in pruned for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("the optimizer holds none of the model's pruned weights")
+    enforce_masks(optimizer, model)
+    return optimizer.register_step_post_hook(lambda opt, args, kwargs: enforce_masks(opt, model))
+
+
+@torch.no_grad()
+def enforce_masks(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Zero, once, the pruned weights of `model` and what `optimizer` remembers of them.
+
+    Slots are the state tensors of the weight's shape (momentum_buffer, exp_avg, max_exp_avg_sq,
+    ax, ...), but for Rprop's step_size, which is a length and no memory. Filled, not multiplied by
+    the mask: 0 * NaN is NaN, and an eps of 0 divides 0 by 0 there. Adafactor's row and column
+    sums stay. LBFGS drops its history when it reaches into pruned weights: curvature pairs of
+    another subspace cannot be repaired by zeroing.
+    """
+    pruned = {layer.weight: ~layer.mask for layer in _frozen_layers(model)}
+    for weight, gone in pruned.items():
+        weight.masked_fill_(gone, 0)
+        for key, slot in optimizer.state.get(weight, {}).items():
+            if isinstance(slot, Tensor) and slot.shape == gone.shape and key != "step_size":
+                slot.masked_fill_(gone.to(slot.device), 0)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        _check_lbfgs(optimizer, pruned)
+
+
+def _check_lbfgs(optimizer: torch.optim.LBFGS, pruned: dict[nn.Parameter, Tensor]) -> None:
+    parameters = optimizer.param_groups[0]["params"]
+    state = optimizer.state.get(parameters[0], {})
+    offset = 0
+    for parameter in parameters:
+        part = slice(offset, offset := offset + parameter.numel())
+        if parameter in pruned and "d" in state:
+            gone = pruned[parameter].flatten()
+            if any(state[key][part][gone].any() for key in ("d", "prev_flat_grad")):
+                state["n_iter"] = 0  # the next step starts from the gradient, as the first one did
+                return
+
+
+def copy_masks(source: nn.Module, target: nn.Module) -> None:
+    """Give each sparse layer of `target` the mask of the layer of that name in `source`.
+
+    For averaged or teacher copies after a mask change. ValueError names a layer that is missing.
+    """
+    twins = dict(target.named_modules())
+    for name, layer in source.named_modules():
+        if isinstance(layer, (SparseConv2d, SparseLinear)):
+            if not isinstance(twin := twins.get(name), (SparseConv2d, SparseLinear)):
+                raise ValueError(f"the target has no sparse layer {name!r}")
+            if not torch.equal(mask := layer.mask.to(twin.mask.device), twin.mask):
+                twin.set_mask(mask)
+
+
+def _frozen_layers(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if isinstance(module, (SparseConv2d, SparseLinear)) and module.scores is None:
+            yield module

@@ -1,0 +1,35 @@
+"""Sparse convolution and matrix kernels as differentiable torch ops.
+
+    packed = dass_kernels.pack(conv.weight, mask)
+    y = dass_kernels.conv2d(x, packed, conv.bias, padding=1, activation="relu")
+
+Knows nothing of networks or training: that is the package ``dass``.
+"""
+
+import torch  # noqa: F401  loads the libraries that _C links against
+
+from . import _C  # isort: skip
+from .build import active_isa, available_isas, build_info, set_isa
+from .formats import Packed, build_pattern, choose_format, flat_index, pack
+from .ops import conv2d, conv2d_values, conv_spec, linear, linear_values, spmm
+
+__version__ = _C.__version__
+__all__ = [
+    "Packed",
+    "active_isa",
+    "available_isas",
+    "build_info",
+    "build_pattern",
+    "choose_format",
+    "conv2d",
+    "conv2d_values",
+    "conv_spec",
+    "flat_index",
+    "linear",
+    "linear_values",
+    "pack",
+    "set_isa",
+    "spmm",
+]
+
+active_isa()  # an unknown DASS_ISA is an error here, not at the first call
