@@ -12,6 +12,7 @@
 // returns.
 STABLE_TORCH_LIBRARY(dass, m) {
   m.def("conv2d(Tensor x, Tensor values, Tensor pattern, Tensor? bias, Tensor? residual, int[] spec) -> Tensor");
+  m.def("conv2d_lanes(Tensor x, Tensor values, Tensor pattern, Tensor? bias, int[] spec) -> Tensor");
   m.def("conv2d_dx(Tensor grad, Tensor values, Tensor pattern, int[] spec, SymInt c, SymInt h, SymInt w) -> Tensor");
   m.def("conv2d_dw(Tensor grad, Tensor x, Tensor pattern, int[] spec, SymInt count) -> Tensor");
   m.def("linear(Tensor x, Tensor values, Tensor pattern, Tensor? bias, int outputs, int activation) -> Tensor");
@@ -21,6 +22,7 @@ STABLE_TORCH_LIBRARY(dass, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(dass, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&dass::conv2d));
+  m.impl("conv2d_lanes", TORCH_BOX(&dass::conv2d_lanes));
   m.impl("conv2d_dx", TORCH_BOX(&dass::conv2d_dx));
   m.impl("conv2d_dw", TORCH_BOX(&dass::conv2d_dw));
   m.impl("linear", TORCH_BOX(&dass::linear));
@@ -41,14 +43,14 @@ void add_kernels(pybind11::list& rows, const dass::Kernels<T>& k, const std::str
         op + "_" + format + "_" + dtype + "_" + std::to_string(r) + "x" + std::to_string(pixels) + "__" + isa, op,
         format, dtype, pixels));
   };
-  for (int s = 0; s < dass::kBlockSizes; ++s)
-    for (int v = 0; v < dass::kMaxVectors; ++v) {
-      if (k.spmm[s][v]) add("spmm", formats[s], sizes[s], v + 1);
-      if (k.conv[s][v]) add("conv", formats[s], sizes[s], v + 1);
-    }
-  for (int v = 0; v < dass::kMaxSddmmVectors; ++v) {
-    add("sddmm", "csr", 1, v + 1);
-    add("sddmm_conv", "csr", 1, v + 1);
+  const char* addresses[] = {"", "_table", "_direct"};
+  for (int a = 0; a < dass::kAddresses; ++a) {
+    const std::string how = addresses[a];
+    for (int s = 0; s < dass::kBlockSizes; ++s)
+      for (int v = 0; v < dass::kMaxVectors; ++v)
+        if (k.spmm[a][s][v]) add("spmm" + how, formats[s], sizes[s], v + 1);
+    for (int v = 0; v < dass::kMaxVectors; ++v) add("spmm_blocked" + how, "csr", 1, v + 1);
+    for (int v = 0; v < dass::kMaxSddmmVectors; ++v) add("sddmm" + how, "csr", 1, v + 1);
   }
   if (k.gemv) add("gemv", "bits", 1, 0);
 }
@@ -67,7 +69,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &dass::available_isas);
   m.def("active_isa", [] { return std::string(dass::active_table().isa); });
   m.def("set_isa", &dass::set_isa);
-  m.def("lanes", [](const std::string& isa) { return dass::table_named(isa).f32.lanes; });
+  m.def(
+      "lanes",
+      [](const std::string& isa, const std::string& dtype) {
+        const dass::KernelTable& table = dass::table_named(isa);
+        return dtype == "f64" ? table.f64.lanes : table.f32.lanes;
+      },
+      pybind11::arg("isa"), pybind11::arg("dtype") = "f32");
   m.def("kernel_table", &kernel_table);
   m.attr("__version__") = DASS_VERSION;
   m.attr("built_torch") = DASS_TORCH_VERSION;

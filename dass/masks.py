@@ -373,7 +373,7 @@ def _share_out(shares: np.ndarray, low: list[int], high: list[int], total: int) 
         enough = np.clip(middle * shares, low, high).sum() >= total
         bottom, top = (bottom, middle) if enough else (middle, top)
     exact = np.clip(top * shares, low, high)
-    counts = np.floor(exact + 1e-6).astype(np.int64)  # 2.9999999 is a 3
+    counts = np.floor(exact).astype(np.int64)
     order = np.argsort(counts - exact, kind="stable")  # largest remainder first
     while (missing := total - int(counts.sum())) != 0:
         step = 1 if missing > 0 else -1

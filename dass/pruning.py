@@ -7,7 +7,7 @@ their sparse twins in place, and guards the masks while an optimiser steps.
 import difflib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
 
@@ -62,12 +62,14 @@ class PruneReport:
     pattern: str
     layers: tuple[LayerReport, ...]
     skipped: tuple[tuple[str, str], ...] = ()
-    weights: int = field(init=False)
-    kept: int = field(init=False)
 
-    def __post_init__(self):
-        object.__setattr__(self, "weights", sum(row.weights for row in self.layers))
-        object.__setattr__(self, "kept", sum(row.kept for row in self.layers))
+    @property
+    def weights(self) -> int:
+        return sum(row.weights for row in self.layers)
+
+    @property
+    def kept(self) -> int:
+        return sum(row.kept for row in self.layers)
 
     @property
     def density(self) -> float:
@@ -84,7 +86,7 @@ class PruneReport:
             for row in self.layers
         ]
         skipped = [{"name": name, "reason": reason} for name, reason in self.skipped]
-        totals = {"density": self.density, "sparsity": self.sparsity}
+        totals = {key: getattr(self, key) for key in ("weights", "kept", "density", "sparsity")}
         return {**asdict(self), **totals, "layers": layers, "skipped": skipped}
 
     def __str__(self) -> str:
@@ -153,19 +155,14 @@ class _Rule:
         scores = [self._scores(unit, i) for i, unit in enumerate(units)]
         shapes = [tuple(unit.weight.shape) for unit in units]
         caps = [pattern_capacity(unit.weight.shape, self.pattern_of(unit)) for unit in units]
-        within = [unit.modules[0].mask if monotone else None for unit in units]
+        within = [_mask_of(unit.modules[0]) if monotone else None for unit in units]
         if monotone:
             caps = [max(1, int(old.sum())) for old in within]
         ranked = scores if self.scope in ("global", "lamp") else None
         counts = layer_counts(shapes, sparsity, self.scope, ranked, self.floor, caps)
+        # A pattern that fits has no block across two groups: pattern_mask need not know of them.
         return [
-            pattern_mask(
-                score,
-                count / score.numel(),
-                self.pattern_of(unit),
-                groups=unit.groups,
-                within=old,
-            )
+            pattern_mask(score, count / score.numel(), self.pattern_of(unit), within=old)
             for unit, score, count, old in zip(units, scores, counts, within, strict=True)
         ]
 
@@ -350,6 +347,12 @@ def _check_ties(names: dict[nn.Module, list[str]], units: dict[nn.Parameter, _Un
                 )
 
 
+def _mask_of(module: nn.Module) -> Tensor:
+    if isinstance(module, (SparseConv2d, SparseLinear)):
+        return module.current_mask()
+    return torch.ones_like(module.weight, dtype=torch.bool)
+
+
 def _apply_masks(model: nn.Module, units: list[_Unit], masks: list[Tensor], rule: _Rule) -> None:
     """Give every unit its mask; dense modules are replaced under every parent that holds them."""
     swapped: dict[nn.Module, nn.Module] = {}
@@ -445,10 +448,7 @@ class GradualPruner:
         self.begin, self.end, self.every = begin, end, every
         self.steps = 0
         self._units, self._skipped = _find_units(model, exclude)
-        masks = [
-            getattr(unit.modules[0], "mask", torch.ones_like(unit.weight, dtype=torch.bool))
-            for unit in self._units
-        ]
+        masks = [_mask_of(unit.modules[0]) for unit in self._units]
         _apply_masks(model, self._units, masks, self._rule)
         self._handle = attach_masks(optimizer, model)
 
@@ -471,8 +471,9 @@ class GradualPruner:
         return report
 
     def state_dict(self) -> dict:
-        keys = ("final_sparsity", "begin", "end", "every", "initial_sparsity", "monotone")
-        return {"steps": self.steps, **{key: getattr(self, key) for key in keys}}
+        keys = ("steps", "final_sparsity", "begin", "end", "every", "initial_sparsity", "monotone")
+        rule = {key: value for key, value in vars(self._rule).items() if key != "method"}
+        return {**{key: getattr(self, key) for key in keys}, **rule}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes the step count; raises ValueError where the saved schedule is another one."""

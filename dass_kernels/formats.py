@@ -51,6 +51,15 @@ def parse_format(word: str) -> tuple[str, int, int]:
     raise ValueError(f"unknown format {word!r}; known formats: {_FORMATS}")
 
 
+class _Checked:
+    """The version of the pattern that was last found valid; a copied pattern is checked anew."""
+
+    version: int | None = None
+
+    def __reduce__(self):
+        return _Checked, ()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
     """A sparse weight ready for the kernels.
@@ -69,7 +78,7 @@ class Packed:
     shape: torch.Size
     format: str
     groups: int = 1
-    _checked: list = dataclasses.field(default_factory=lambda: [None], repr=False)
+    _checked: _Checked = dataclasses.field(default_factory=_Checked, repr=False)
 
     @property
     def nnz(self) -> int:
@@ -142,7 +151,7 @@ class Packed:
         """Moves the weight as ``Tensor.to``; a dtype applies to the values only."""
         values = self.values.to(*args, **kwargs)
         return dataclasses.replace(
-            self, values=values, pattern=self.pattern.to(values.device), _checked=[None]
+            self, values=values, pattern=self.pattern.to(values.device), _checked=_Checked()
         )
 
     def with_values(self, values: Tensor) -> Packed:
@@ -162,7 +171,7 @@ class Packed:
         mask[self.flat.long()[self.perm.long()].cpu()] = True
         pattern = build_pattern(mask.view(self.shape), self.format, groups)
         return dataclasses.replace(
-            self, pattern=pattern.to(self.device), groups=groups, _checked=[None]
+            self, pattern=pattern.to(self.device), groups=groups, _checked=_Checked()
         )
 
     def validate(self) -> None:
@@ -172,9 +181,9 @@ class Packed:
         and only then are bounds, order and the transpose checked again.
         """
         version = None if self.pattern.is_inference() else self.pattern._version
-        if version is None or self._checked[0] != version:
+        if version is None or self._checked.version != version:
             validate_pattern(self.pattern, self.shape, self.format, self.groups, self.values)
-            self._checked[0] = version
+            self._checked.version = version
 
 
 def flat_index(pattern: Tensor) -> Tensor:
@@ -188,6 +197,8 @@ def _check_mask(shape: torch.Size, groups: int) -> None:
         raise ValueError(
             f"weight must be [O, I] or [O, I / groups, kh, kw], got shape {tuple(shape)}"
         )
+    if len(shape) == 4 and 0 in shape[2:]:
+        raise ValueError(f"weight must have a kernel of at least 1 x 1, got shape {tuple(shape)}")
     if groups < 1 or shape[0] % groups:
         raise ValueError(f"groups must divide the {shape[0]} outputs, got {groups}")
     if math.prod(shape) > _INT32_MAX:
@@ -247,12 +258,16 @@ def resolve_format(mask: Tensor, format: str, groups: int = 1) -> str:
         raise ValueError(
             f"mask is not {format}: some group of inputs keeps another number of weights"
         )
-    if groups > 1 and mask.shape[0] // groups % a:
-        raise ValueError(
-            f"{format} blocks need outputs per group divisible by {a}, "
-            f"got {mask.shape[0] // groups} ({mask.shape[0]} outputs in {groups} groups)"
-        )
+    _check_blocks(mask.shape[0], groups, a)
     return f"{a}x1"
+
+
+def _check_blocks(outputs: int, groups: int, block: int) -> None:
+    if groups > 1 and outputs // groups % block:
+        raise ValueError(
+            f"{block}x1 blocks need outputs per group divisible by {block}, "
+            f"got {outputs // groups} ({outputs} outputs in {groups} groups)"
+        )
 
 
 def build_pattern(mask: Tensor, format: str, groups: int = 1) -> Tensor:
@@ -270,6 +285,7 @@ def build_pattern(mask: Tensor, format: str, groups: int = 1) -> Tensor:
     taps = mask.shape[2] * mask.shape[3] if mask.dim() == 4 else 1
     kind, rows, _ = parse_format(format)
     block = rows if kind == "block" else 1
+    _check_blocks(outputs, groups, block)
     flat_mask = mask.reshape(outputs, columns)
     padded = -(-outputs // block) * block
     if block > 1:
@@ -366,7 +382,12 @@ def validate_pattern(
         "transposed indices",
         strict=True,
     )
+    _require(head[_BITS] == 0, "bit mask out of bounds")
     flat, perm = section[_FLAT].long(), section[_PERM].long()
+    # Padding of a short last block: it has a place in values, but is no element of the weight.
+    short = int(section[_INDPTR][-2:].long().diff()) if outputs % block else 0
+    padding = block - outputs % block
+    _require(elements == entries * block - short * padding, "wrong number of kept weights")
     if entries:
         row = torch.repeat_interleave(section[_INDPTR].long().diff())
         output = (row[:, None] * block + torch.arange(block, device=row.device)).reshape(-1)
@@ -380,13 +401,16 @@ def validate_pattern(
         output = channel // per_channel * (outputs // groups) + t_index // taps
         col = channel % per_channel * taps + (taps - 1 - t_index % taps)
         _require(bool((flat[perm] == output * columns + col).all()), "transpose disagrees")
+        if short:
+            last = perm[perm >= (entries - short) * block]
+            _require(bool((last % block < block - padding).all()), "permutation names padding")
     if values is not None:
         _require(values.dim() == 1 and len(values) == entries * block, "wrong number of values")
 
 
 def _check_rows(indptr: Tensor, indices: Tensor, limit: int, name: str, strict: bool) -> None:
     _require(int(indptr[0]) == 0 and int(indptr[-1]) == len(indices), f"{name}: bad row pointers")
-    _require(bool((indptr.diff() >= 0).all()), f"{name}: row pointers must not decrease")
+    _require(bool((indptr.long().diff() >= 0).all()), f"{name}: row pointers must not decrease")
     if len(indices):
         _require(bool(((indices >= 0) & (indices < limit)).all()), f"{name} out of [0, {limit})")
         step = indices.diff()
@@ -433,5 +457,5 @@ def pack(
     source = weight if bool(mask.all()) else weight.masked_fill(~mask, 0)
     values = source.reshape(-1).index_select(0, flat_index(pattern))
     packed = Packed(values, pattern, weight.shape, word, groups)
-    packed._checked[0] = None if pattern.is_inference() else pattern._version
+    packed._checked.version = None if pattern.is_inference() else pattern._version
     return packed

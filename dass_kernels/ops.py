@@ -10,6 +10,8 @@ backward is made of these ops again, which gives second derivatives in eager mod
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -189,7 +191,7 @@ def activation_code(activation: str | None) -> int:
 
 
 def _pair(value, name: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) == 1:
         pair *= 2
     if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
@@ -232,7 +234,7 @@ def _with_float(call, x: Tensor, values: Tensor, bias: Tensor | None, residual=N
     Halves are computed in float32 and rounded once. Under autocast every operand may come in its own
     dtype and the result has autocast's.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         out = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             args = [t if t is None else t.float() for t in (x, values, bias, residual)]
@@ -287,7 +289,7 @@ def linear_values(
     lead = x.shape[:-1]
 
     def call(x, values, bias, _):
-        flat = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+        flat = x if x.dim() == 2 else x.reshape(math.prod(lead), x.size(-1))
         y = _ops.linear(flat, values, pattern, bias, outputs, code if fuse else 0)
         y = y if fuse else _TORCH_ACTIVATIONS[_NAMES[code]](y)
         return y if x.dim() == 2 else y.reshape(*lead, outputs)
@@ -375,7 +377,10 @@ def spmm(packed: Packed, x: Tensor) -> Tensor:
         )
     spec = [packed.shape[0], 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0]
     image = x[None, :, None] if x.dim() == 2 else x[:, :, None]
+    if x.size(-1) == 0:  # an image without pixels is an error, a matrix without columns is not
+        image = F.pad(image, (0, 1))
     y = conv2d_values(image, packed.values, packed.pattern, spec)
+    y = y[..., :0] if x.size(-1) == 0 else y
     return y[0, :, 0] if x.dim() == 2 else y[:, :, 0]
 
 

@@ -248,6 +248,14 @@ def test_masks_within_masks(word, seed, zeroed):
     assert new.sum() == pattern_mask(scores, 0.2, word).sum()
 
 
+def test_within_wins_over_the_count():
+    for word in ("unstructured", "4x1", "2:4"):
+        old = torch.zeros(8, 8, dtype=torch.bool)
+        old[:3, 0] = True
+        new = pattern_mask(torch.zeros(8, 8), 0.5, word, within=old)
+        assert torch.equal(new, old)
+
+
 @pytest.mark.parametrize(
     "word", ["", "4", "4x4", "x1", "0:4", "4:2", "2:4 ", "n:m", "auto", None, 3]
 )

@@ -8,9 +8,16 @@ namespace dass {
 
 enum Activation : int32_t { kNone = 0, kRelu = 1, kRelu6 = 2, kHardswish = 3 };
 
-// y[r, :] = act(bias[r] + sum_i values[i] * x[column(i), :] + residual[r, :]) for one tile of `V`
-// vectors of pixels, r in [row_begin, row_end). A column's pixels start at
-// x + offsets[column] (k x k convolutions) or x + column * pitch (`offsets` null).
+// Where the pixels of entry i start, counted in elements from a tile's x.
+enum Address : int {
+  kPitch = 0,   // indices[i] * pitch
+  kTable = 1,   // offsets[indices[i]]: k x k convolutions
+  kDirect = 2,  // indices[i] itself, resolved once for many tiles
+  kAddresses = 3,
+};
+
+// y[r, :] = act(bias[r] + sum_i values[i] * x[entry i, :] + residual[r, :]) for one tile of `V`
+// vectors of pixels, r in [row_begin, row_end).
 // With blocks of R outputs, rows count block rows and values are [block][R].
 template <class T>
 struct SpmmTile {
@@ -33,6 +40,14 @@ struct SpmmTile {
   const int32_t* outs;
   int32_t tail;
   Activation activation;
+  // Column blocks (`blocked` kernels): this call takes the entries whose index is below `limit`, from
+  // cursors[row] on, and leaves the cursor at the next one. Sums pass from block to
+  // block through partial[row * V * lanes]; the last block stores them to y.
+  int32_t limit;
+  int32_t* cursors;
+  T* partial;
+  bool first;
+  bool last;
 };
 
 // dvalues[i * block + r] += <dy[row(i) * block + r, :], x[column(i), :]> over a tile of `V` vectors:
@@ -91,12 +106,11 @@ template <class T>
 struct Kernels {
   int lanes;
   int max_vectors[kBlockSizes];
-  // [R][vectors - 1]; null past max_vectors.
-  SpmmFn<T> spmm[kBlockSizes][kMaxVectors];  // column * pitch
-  SpmmFn<T> conv[kBlockSizes][kMaxVectors];  // offsets[column]
-  SddmmFn<T> sddmm[kMaxSddmmVectors];        // column * pitch
-  SddmmFn<T> sddmm_conv[kMaxSddmmVectors];   // offsets[column]
-  GemvFn<T> gemv;                            // null where expanding is not worth it
+  // [address][R][vectors - 1]; null past max_vectors.
+  SpmmFn<T> spmm[kAddresses][kBlockSizes][kMaxVectors];
+  SpmmFn<T> blocked[kAddresses][kMaxVectors];  // csr only: the same in blocks of columns
+  SddmmFn<T> sddmm[kAddresses][kMaxSddmmVectors];
+  GemvFn<T> gemv;  // null where expanding is not worth it
   TransposeFn<T> transpose;
 };
 

@@ -36,17 +36,17 @@ DASS_INLINE void add_sums<float>(const Vec<float>* acc, float* out) {
 }
 #endif
 
-template <class T, int V, bool Table>
+template <class T, int V, int A>
 DASS_INLINE Vec<T> dot_tile(const SddmmTile<T>& t, const Vec<T>* dy, int32_t i) {
   constexpr int lanes = Vec<T>::lanes;
-  const T* p = column<T, Table>(t.x, t.offsets, t.pitch, t.indices[i]);
+  const T* p = column<T, A>(t.x, t.offsets, t.pitch, t.indices[i]);
   Vec<T> sum = Vec<T>::zero();
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) sum.fma(dy[v], Vec<T>::load(p + v * lanes));
   return sum;
 }
 
-template <class T, int V, bool Table>
+template <class T, int V, int A>
 void sddmm(const SddmmTile<T>& t) {
   constexpr int lanes = Vec<T>::lanes;
   for (int64_t block = t.row_begin; block < t.row_end; ++block) {
@@ -62,11 +62,11 @@ void sddmm(const SddmmTile<T>& t) {
         for (; i + kSumGroup <= end; i += kSumGroup) {
           Vec<T> acc[kSumGroup];
 #pragma GCC unroll 8
-          for (int g = 0; g < kSumGroup; ++g) acc[g] = dot_tile<T, V, Table>(t, dy, i + g);
+          for (int g = 0; g < kSumGroup; ++g) acc[g] = dot_tile<T, V, A>(t, dy, i + g);
           add_sums<T>(acc, t.dvalues + i);
         }
       }
-      for (; i < end; ++i) t.dvalues[static_cast<int64_t>(i) * t.block + r] += dot_tile<T, V, Table>(t, dy, i).sum();
+      for (; i < end; ++i) t.dvalues[static_cast<int64_t>(i) * t.block + r] += dot_tile<T, V, A>(t, dy, i).sum();
     }
   }
 }

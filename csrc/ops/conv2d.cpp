@@ -87,11 +87,41 @@ Tensor conv2d(const Tensor& x, const Tensor& values, const Tensor& pattern, cons
     check_grad(*residual, s, "dass::conv2d residual");
     rc = dense(*residual);
   }
-  Tensor y = torch::stable::new_empty(x, {s.n, s.o, s.oh, s.ow});
+  Tensor y = new_output(x, {s.n, s.o, s.oh, s.ow});
   by_dtype(dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const Epilogue<T> e{bc ? data<T>(*bc) : nullptr, rc ? data<T>(*rc) : nullptr, act};
     run_conv<T>(kernels_of<T>(active_table()), weight_matrix(p, data<T>(vc)), s, data<T>(xc), mutable_data<T>(y), e);
+  });
+  return y;
+}
+
+Tensor conv2d_lanes(const Tensor& x, const Tensor& values, const Tensor& pattern, const std::optional<Tensor>& bias,
+                    std::vector<int64_t> spec) {
+  const char* op = "dass::conv2d_lanes";
+  const Pattern p = read_pattern(pattern, op);
+  const ScalarType dtype = x.scalar_type();
+  check_values(values, p, dtype, op);
+  check_bias(bias, p, dtype, op);
+  STD_TORCH_CHECK(x.dim() == 5 && x.stride(4) == 1 && x.stride(3) == x.size(4) && x.stride(2) == x.size(3) * x.size(4),
+                  op, ": input must be (N, C, H, W, lanes) with contiguous planes");
+  const Shape s = read_spec(spec, x.size(0), x.size(1), x.size(2), x.size(3), p, op);
+  STD_TORCH_CHECK(s.sh == 1 && s.sw == 1 && s.pt == 0 && s.pl == 0, op,
+                  ": stride must be 1 and padding part of the input");
+  STD_TORCH_CHECK(s.c / p.groups * x.stride(1) <= INT32_MAX, op, ": one image group is too large");
+  const Activation act = check_activation(spec[kSpecActivation], op);
+  const Tensor vc = dense(values);
+  std::optional<Tensor> bc;
+  if (bias) bc = dense(*bias);
+  Tensor y = new_output(x, {s.n, s.o, s.oh, s.ow, x.size(4)});
+  if (s.n == 0 || s.o == 0) return y;
+  by_dtype(dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    const Kernels<T>& k = kernels_of<T>(active_table());
+    STD_TORCH_CHECK(x.size(4) == k.lanes, op, ": the last dimension must be ", k.lanes, " lanes (", active_table().isa,
+                    "), got ", x.size(4));
+    const Epilogue<T> e{bc ? data<T>(*bc) : nullptr, nullptr, act};
+    conv_in_lanes<T>(k, weight_matrix(p, data<T>(vc)), s, data<T>(x), x.stride(0), x.stride(1), mutable_data<T>(y), e);
   });
   return y;
 }
@@ -106,7 +136,7 @@ Tensor conv2d_dx(const Tensor& grad, const Tensor& values, const Tensor& pattern
   const Shape s = read_spec(spec, grad.size(0), c, h, w, p, op);
   check_grad(grad, s, op);
   const Tensor gc = dense(grad), vc = dense(values);
-  Tensor dx = torch::stable::new_empty(grad, {s.n, s.c, s.h, s.w});
+  Tensor dx = new_output(grad, {s.n, s.c, s.h, s.w});
   by_dtype(dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const Matrix<T> m = transposed_matrix(p, data<T>(vc), buffer(kValues).get<T>(p.elements));

@@ -44,6 +44,64 @@ void set_rows(SpmmTile<T>& t, const Matrix<T>& m, int64_t group, int64_t first, 
   t.row_end = split_rows(m.indptr, group * per, (group + 1) * per, last, parts);
 }
 
+// Channels per column block, so that what one tile reads of them stays in L1 next to the weights; all
+// of them if a row would then meet too few nonzeros of a block to pay for passing its sums on.
+constexpr int64_t kL1Budget = 36 << 10;
+constexpr double kBlockNonzeros = 8.0;
+
+template <class T>
+int64_t block_channels(const Matrix<T>& m, int64_t bytes_per_channel) {
+  const int64_t channels = m.channels();
+  if (m.block > 1 || channels == 0 || m.block_rows == 0) return channels;
+  const double row = static_cast<double>(m.indptr[m.block_rows]) / m.block_rows;
+  const int64_t fit = std::max<int64_t>(1, kL1Budget / std::max<int64_t>(1, bytes_per_channel));
+  const int64_t least =
+      static_cast<int64_t>(std::min<double>(channels, std::max(1.0, kBlockNonzeros * channels / std::max(row, 1e-9))));
+  const int64_t block = std::max(fit, least);
+  return block >= channels ? channels : ceil_div(channels, ceil_div(channels, block));
+}
+
+// Runs one tile, in column blocks of `block` channels if that is fewer than all; a channel's indices
+// span `channel`.
+template <class T>
+void run_tile(SpmmTile<T> t, const Matrix<T>& m, int64_t block, int64_t vectors, int lanes, SpmmFn<T> whole,
+              SpmmFn<T> part, int64_t channel) {
+  if (block >= m.channels() || t.row_begin == t.row_end) {
+    whole(t);
+    return;
+  }
+  const int64_t rows = t.row_end - t.row_begin;
+  t.partial = buffer(kPartial).get<T>(rows * vectors * lanes);
+  t.cursors = buffer(kCursors).get<int32_t>(rows);
+  for (int64_t c = 0; c < m.channels(); c += block) {
+    t.first = c == 0;
+    t.last = c + block >= m.channels();
+    t.limit = static_cast<int32_t>(std::min(c + block, m.channels()) * channel);
+    part(t);
+  }
+}
+
+// How the entries of a k x k convolution find their pixels. Resolving them all pays from some ten
+// vectors a row on; before that the kernel looks each one up in the table of columns.
+struct Entries {
+  Address kind;
+  const int32_t* indices;
+  const int32_t* offsets;
+  int64_t channel;  // span of one channel in the units of indices
+};
+constexpr int64_t kDirectVectors = 16;
+
+template <class T>
+Entries find_entries(const Matrix<T>& m, const Shape& s, const Plane& p, int64_t lanes, int64_t vectors) {
+  int32_t* offsets = buffer(kOffsets).get<int32_t>(m.columns);
+  fill_offsets(s, p, m.channels(), lanes, offsets);
+  if (vectors < kDirectVectors) return {kTable, m.indices, offsets, m.taps};
+  const int64_t count = m.indptr[m.block_rows];
+  int32_t* direct = buffer(kDirectEntries).get<int32_t>(count);
+  for (int64_t i = 0; i < count; ++i) direct[i] = offsets[m.indices[i]];
+  return {kDirect, direct, offsets, p.channel * lanes};
+}
+
 // Even tiles of at most `most` vectors.
 inline int64_t tile_vectors(int64_t vectors, int64_t most) { return ceil_div(vectors, ceil_div(vectors, most)); }
 
@@ -54,6 +112,7 @@ void conv_pointwise(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, con
   const int64_t vectors = tile_vectors(ceil_div(pixels, lanes), k.max_vectors[slot]);
   const int64_t width = vectors * lanes, tiles = ceil_div(pixels, width);
   const bool pack = m.reuse() >= kReusePack;
+  const int64_t block = block_channels(m, width * static_cast<int64_t>(sizeof(T)));
   for_units(s.n * m.groups * tiles, [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
     const int64_t p0 = unit % tiles * width, g = unit / tiles % m.groups, n = unit / tiles / m.groups;
     const int64_t count = std::min(width, pixels - p0), v = ceil_div(count, lanes);
@@ -76,24 +135,25 @@ void conv_pointwise(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, con
     t.ldy = pixels;
     if (t.residual) t.residual += n * s.o * pixels + p0;
     t.tail = static_cast<int32_t>(count - (v - 1) * lanes);
-    k.spmm[slot][v - 1](t);
+    run_tile(t, m, pack ? block : cg, v, k.lanes, k.spmm[kPitch][slot][v - 1], k.blocked[kPitch][v - 1], m.taps);
   });
 }
 
 // Which lanes of each vector of a flat tile of `rows` output rows are pixels, and where they go.
 inline void fill_masks(const Shape& s, const Plane& p, int64_t rows, int64_t lanes, uint32_t* masks, int32_t* outs) {
   const int64_t total = ceil_div((rows - 1) * p.stride + s.ow, lanes);
-  int64_t at = 0;
-  for (int64_t v = 0; v < total; ++v) {
-    masks[v] = 0;
-    outs[v] = static_cast<int32_t>(at);
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const int64_t f = v * lanes + lane;
-      if (f / p.stride < rows && f % p.stride < s.ow) {
-        masks[v] |= 1u << lane;
-        ++at;
-      }
+  std::memset(masks, 0, total * sizeof(uint32_t));
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t f = r * p.stride, end = f + s.ow; f < end;) {
+      const int64_t v = f / lanes, lane = f % lanes, n = std::min(lanes - lane, end - f);
+      masks[v] |= ((uint64_t{1} << n) - 1) << lane;
+      f += n;
     }
+  }
+  int32_t at = 0;
+  for (int64_t v = 0; v < total; ++v) {
+    outs[v] = at;
+    at += __builtin_popcount(masks[v]);
   }
 }
 
@@ -111,11 +171,13 @@ void conv_planes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const 
   const int slot = block_slot(m.block);
   const int64_t lanes = k.lanes, cg = m.channels();
   const int64_t rows = panel_rows(s, cg, 1, sizeof(T), kPlaneBudget);
-  const Plane p = make_plane(s, rows, true, kMaxVectors * lanes, lanes);
+  const Plane p = make_plane(s, rows, true, kMaxVectors * lanes, lanes, sizeof(T));
   const int64_t tiles = ceil_div(s.oh, rows), last_rows = s.oh - (tiles - 1) * rows;
-  int32_t* offsets = buffer(kOffsets).get<int32_t>(m.columns);
-  fill_offsets(s, p, cg, 1, offsets);
   const int64_t vmax = ceil_div((rows - 1) * p.stride + s.ow, lanes);
+  const Entries a = find_entries(m, s, p, 1, s.n * tiles * vmax);
+  const int64_t reach = (s.kh - 1) * s.dh / s.sh * p.stride + (s.kw - 1) * s.dw / s.sw;
+  const int64_t block = block_channels(
+      m, static_cast<int64_t>(sizeof(T) * p.phases.size()) * (tile_vectors(vmax, k.max_vectors[slot]) * lanes + reach));
   auto* masks = buffer(kOther).get<uint32_t>(4 * vmax);
   auto* outs = reinterpret_cast<int32_t*>(masks + 2 * vmax);
   fill_masks(s, p, rows, lanes, masks, outs);
@@ -128,7 +190,8 @@ void conv_planes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const 
     set_rows(t, m, g, first, last, parts);
     T* panel = buffer(kPanel).get<T>(cg * p.channel);
     pack_planes(s, p, cg, oy0, x + (n * s.c + g * cg) * s.h * s.w, panel);
-    t.offsets = offsets;
+    t.indices = a.indices;
+    t.offsets = a.offsets;
     t.ldy = s.oh * s.ow;
     const int64_t at = n * s.o * t.ldy + oy0 * s.ow;
     t.y = y + at;
@@ -139,7 +202,8 @@ void conv_planes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const 
       t.x = panel + v * lanes;
       t.masks = masks + (whole ? 0 : vmax) + v;
       t.outs = outs + (whole ? 0 : vmax) + v;
-      k.conv[slot][std::min(step, total - v) - 1](t);
+      const int64_t n_v = std::min(step, total - v);
+      run_tile(t, m, block, n_v, k.lanes, k.spmm[a.kind][slot][n_v - 1], k.blocked[a.kind][n_v - 1], a.channel);
     }
   });
 }
@@ -150,11 +214,12 @@ void conv_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T
   const int slot = block_slot(m.block);
   const int64_t lanes = k.lanes, cg = m.channels();
   const int64_t rows = panel_rows(s, cg, lanes, sizeof(T), kLanesBudget);
-  const Plane p = make_plane(s, rows, false, kMaxVectors, 1);
+  const Plane p = make_plane(s, rows, false, kMaxVectors, 1, sizeof(T) * lanes);
   const int64_t tiles = ceil_div(s.oh, rows), pixels = s.oh * s.ow;
-  int32_t* offsets = buffer(kOffsets).get<int32_t>(m.columns);
-  fill_offsets(s, p, cg, lanes, offsets);
+  const Entries a = find_entries(m, s, p, lanes, s.n * s.oh * s.ow);
   const int64_t step = tile_vectors(s.ow, k.max_vectors[slot]);
+  const int64_t reach = ((s.kh - 1) * s.dh / s.sh + 1) * (step + (s.kw - 1) * s.dw / s.sw);
+  const int64_t block = block_channels(m, static_cast<int64_t>(sizeof(T) * p.phases.size()) * reach * lanes);
   for_units(s.n / lanes * m.groups * tiles, [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
     const int64_t oy0 = unit % tiles * rows, g = unit / tiles % m.groups, n = unit / tiles / m.groups * lanes;
     SpmmTile<T> t = make_tile(m, e);
@@ -163,7 +228,8 @@ void conv_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T
     T* panel = buffer(kPanel).get<T>(cg * p.channel * lanes);
     pack_lanes(k, s, p, cg, oy0, x + (n * s.c + g * cg) * s.h * s.w, panel, buffer(kOther).get<T>(s.w * lanes));
     const int64_t o0 = t.row_begin * m.block, o1 = std::min(t.row_end * m.block, m.outputs);
-    t.offsets = offsets;
+    t.indices = a.indices;
+    t.offsets = a.offsets;
     t.ldy = s.ow * lanes;
     T* out = buffer(kOutput).get<T>((o1 - o0) * t.ldy);
     t.tail = static_cast<int32_t>(lanes);
@@ -171,10 +237,47 @@ void conv_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T
       for (int64_t ox = 0; ox < s.ow; ox += step) {
         t.x = panel + ((oy - oy0) * p.stride + ox) * lanes;
         t.y = out - o0 * t.ldy + ox * lanes;
-        k.conv[slot][std::min(step, s.ow - ox) - 1](t);
+        const int64_t v = std::min(step, s.ow - ox);
+        run_tile(t, m, block, v, k.lanes, k.spmm[a.kind][slot][v - 1], k.blocked[a.kind][v - 1], a.channel);
       }
       for (int64_t o = o0; o < o1; ++o)
         k.transpose(out + (o - o0) * t.ldy, lanes, y + (n * s.o + o) * pixels + oy * s.ow, s.o * pixels, s.ow, lanes);
+    }
+  });
+}
+
+// The lanes way on data that lies so already: x [n, c, h, w, lanes] holds its padding, with any pitch
+// between images and channels; y is [n, o, oh, ow, lanes]. Strides of one only: an output's neighbours must be its
+// input's.
+template <class T>
+void conv_in_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, int64_t image, int64_t channel,
+                   T* y, const Epilogue<T>& e) {
+  const int slot = block_slot(m.block);
+  const int64_t lanes = k.lanes, cg = m.channels();
+  Plane p;
+  p.stride = s.w;
+  p.phase = s.h * s.w;
+  p.channel = channel / lanes;
+  p.phases = {{0, 0}};
+  const Entries a = find_entries(m, s, p, lanes, s.n * s.oh * s.ow);
+  const int64_t step = tile_vectors(s.ow, k.max_vectors[slot]);
+  const int64_t reach = ((s.kh - 1) * s.dh + 1) * (step + (s.kw - 1) * s.dw);
+  const int64_t block = block_channels(m, static_cast<int64_t>(sizeof(T)) * reach * lanes);
+  for_units(s.n * m.groups * s.oh, [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
+    const int64_t oy = unit % s.oh, g = unit / s.oh % m.groups, n = unit / s.oh / m.groups;
+    SpmmTile<T> t = make_tile(m, e);
+    set_rows(t, m, g, first, last, parts);
+    t.indices = a.indices;
+    t.offsets = a.offsets;
+    t.ldy = s.oh * s.ow * lanes;
+    t.tail = static_cast<int32_t>(lanes);
+    for (int64_t ox = 0; ox < s.ow; ox += step) {
+      t.x = x + n * image + g * cg * channel + (oy * s.w + ox) * lanes;
+      const int64_t at = n * s.o * t.ldy + (oy * s.ow + ox) * lanes;
+      t.y = y + at;
+      t.residual = e.residual ? e.residual + at : nullptr;
+      const int64_t v = std::min(step, s.ow - ox);
+      run_tile(t, m, block, v, k.lanes, k.spmm[a.kind][slot][v - 1], k.blocked[a.kind][v - 1], a.channel);
     }
   });
 }

@@ -30,10 +30,10 @@ void run_rows(const Matrix<T>& m, int64_t group, SddmmTile<T> t, SddmmFn<T> cons
 }
 
 template <class T>
-SddmmTile<T> make_sddmm(const Matrix<T>& m, const int32_t* offsets, T* dvalues) {
+SddmmTile<T> make_sddmm(const Matrix<T>& m, const int32_t* indices, const int32_t* offsets, T* dvalues) {
   SddmmTile<T> t{};
   t.offsets = offsets;
-  t.indices = m.indices;
+  t.indices = indices;
   t.indptr = m.indptr;
   t.outputs = m.outputs;
   t.block = m.block;
@@ -45,10 +45,9 @@ template <class T>
 void sddmm_planes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, const T* dy, T* dvalues) {
   const int64_t lanes = k.lanes, cg = m.channels(), og = m.group_outputs();
   const int64_t rows = panel_rows(s, cg, 1, sizeof(T), kPlaneBudget);
-  const Plane p = make_plane(s, rows, true, kMaxSddmmVectors * lanes, lanes);
-  int32_t* offsets = buffer(kOffsets).get<int32_t>(m.columns);
-  fill_offsets(s, p, cg, 1, offsets);
-  SddmmTile<T> t = make_sddmm(m, offsets, dvalues);
+  const Plane p = make_plane(s, rows, true, kMaxSddmmVectors * lanes, lanes, sizeof(T));
+  const Entries a = find_entries(m, s, p, 1, s.n * ceil_div(s.oh * s.ow, lanes));
+  SddmmTile<T> t = make_sddmm(m, a.indices, a.offsets, dvalues);
   const int64_t full = ceil_div((rows - 1) * p.stride + s.ow, lanes) * lanes;
   T* panel = buffer(kPanel).get<T>(cg * p.channel);
   T* grads = buffer(kOutput).get<T>(og * full);
@@ -72,7 +71,7 @@ void sddmm_planes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const
         t.lddy = full;
         t.dy = grads - g * og * full;
         const int64_t vectors = ceil_div((count - 1) * p.stride + s.ow, lanes);
-        run_rows(m, g, t, k.sddmm_conv, vectors, tile_vectors(vectors, kMaxSddmmVectors), lanes);
+        run_rows(m, g, t, k.sddmm[a.kind], vectors, tile_vectors(vectors, kMaxSddmmVectors), lanes);
       }
 }
 
@@ -80,10 +79,9 @@ template <class T>
 void sddmm_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, const T* dy, T* dvalues) {
   const int64_t lanes = k.lanes, cg = m.channels(), og = m.group_outputs();
   const int64_t rows = panel_rows(s, cg, lanes, sizeof(T), kLanesBudget);
-  const Plane p = make_plane(s, rows, false, kMaxSddmmVectors, 1);
-  int32_t* offsets = buffer(kOffsets).get<int32_t>(m.columns);
-  fill_offsets(s, p, cg, lanes, offsets);
-  SddmmTile<T> t = make_sddmm(m, offsets, dvalues);
+  const Plane p = make_plane(s, rows, false, kMaxSddmmVectors, 1, sizeof(T) * lanes);
+  const Entries a = find_entries(m, s, p, lanes, s.n / lanes * s.oh * s.ow);
+  SddmmTile<T> t = make_sddmm(m, a.indices, a.offsets, dvalues);
   T* panel = buffer(kPanel).get<T>(cg * p.channel * lanes);
   t.lddy = rows * s.ow * lanes;
   T* grads = buffer(kOutput).get<T>(og * t.lddy);
@@ -105,14 +103,63 @@ void sddmm_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const 
         for (int64_t r = 0; r < count; ++r) {
           t.x = panel + r * p.stride * lanes;
           t.dy = grads - g * og * t.lddy + r * s.ow * lanes;
-          run_rows(m, g, t, k.sddmm_conv, s.ow, step, lanes);
+          run_rows(m, g, t, k.sddmm[a.kind], s.ow, step, lanes);
         }
       }
+}
+
+// Copies pixels [q0, q0 + count) of `channels` planes into rows of `width`, zeros behind them. Pixels
+// are numbered through the images of the batch.
+template <class T>
+void gather_pixels(const T* src, int64_t image, int64_t pixels, int64_t channels, int64_t q0, int64_t count,
+                   int64_t width, T* dst) {
+  for (int64_t q = q0; q < q0 + count;) {
+    const int64_t n = q / pixels, p = q % pixels, run = std::min(pixels - p, q0 + count - q);
+    for (int64_t c = 0; c < channels; ++c)
+      std::memcpy(dst + c * width + (q - q0), src + n * image + c * pixels + p, run * sizeof(T));
+    q += run;
+  }
+  if (count < width)
+    for (int64_t c = 0; c < channels; ++c) std::memset(dst + c * width + count, 0, (width - count) * sizeof(T));
+}
+
+// 1x1: tiles of pixels run on from image to image, read in place where a tile lies within one.
+template <class T>
+void sddmm_pointwise(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, const T* dy, T* dvalues) {
+  const int64_t lanes = k.lanes, cg = m.channels(), og = m.group_outputs(), pixels = s.h * s.w;
+  const int64_t total = s.n * pixels, vectors = tile_vectors(ceil_div(total, lanes), kMaxSddmmVectors);
+  const int64_t width = vectors * lanes;
+  SddmmTile<T> t = make_sddmm<T>(m, m.indices, nullptr, dvalues);
+  T* panel = buffer(kPanel).get<T>(cg * width);
+  T* grads = buffer(kOutput).get<T>(og * width);
+  for (int64_t g = 0; g < m.groups; ++g)
+    for (int64_t q0 = 0; q0 < total; q0 += width) {
+      const int64_t count = std::min(width, total - q0), n = q0 / pixels, p = q0 % pixels;
+      const T* xs = x + g * cg * pixels;
+      const T* gs = dy + g * og * pixels;
+      if (count == width && p + count <= pixels) {
+        t.x = xs + n * s.c * pixels + p;
+        t.dy = gs + n * s.o * pixels + p - g * og * pixels;
+        t.pitch = t.lddy = pixels;
+      } else {
+        for_channels(cg, [&](int64_t lo, int64_t hi) {
+          gather_pixels(xs + lo * pixels, s.c * pixels, pixels, hi - lo, q0, count, width, panel + lo * width);
+        });
+        for_channels(og, [&](int64_t lo, int64_t hi) {
+          gather_pixels(gs + lo * pixels, s.o * pixels, pixels, hi - lo, q0, count, width, grads + lo * width);
+        });
+        t.x = panel;
+        t.dy = grads - g * og * width;
+        t.pitch = t.lddy = width;
+      }
+      run_rows(m, g, t, k.sddmm[kPitch], ceil_div(count, lanes), kMaxSddmmVectors, lanes);
+    }
 }
 
 template <class T>
 void run_sddmm(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, const T* dy, T* dvalues) {
   if (s.n == 0 || s.o == 0 || s.oh == 0 || s.ow == 0) return;
+  if (s.pointwise()) return sddmm_pointwise(k, m, s, x, dy, dvalues);
   const int64_t batched = s.n / k.lanes * k.lanes;
   Shape part = s;
   if (batched) {

@@ -35,7 +35,7 @@ void run_linear(const Kernels<T>& k, const Matrix<T>& m, int64_t batch, const T*
       t.row_begin = r;
       t.row_end = std::min(r + chunk, end);
       t.y = out - r * m.block * t.ldy;
-      k.spmm[slot][v - 1](t);
+      k.spmm[kPitch][slot][v - 1](t);
       const int64_t outputs = std::min(t.row_end * m.block, m.outputs) - r * m.block;
       k.transpose(out, t.ldy, y + b0 * m.outputs + r * m.block, m.outputs, outputs, count);
     }
@@ -45,7 +45,7 @@ void run_linear(const Kernels<T>& k, const Matrix<T>& m, int64_t batch, const T*
 template <class T>
 void run_linear_sddmm(const Kernels<T>& k, const Matrix<T>& m, int64_t batch, const T* x, const T* dy, T* dvalues) {
   const int64_t width = std::min<int64_t>(ceil_div(batch, k.lanes), kMaxSddmmVectors) * k.lanes;
-  SddmmTile<T> t = make_sddmm(m, nullptr, dvalues);
+  SddmmTile<T> t = make_sddmm<T>(m, m.indices, nullptr, dvalues);
   t.pitch = t.lddy = width;
   T* panel = buffer(kPanel).get<T>(m.columns * width);
   T* grads = buffer(kOutput).get<T>(m.outputs * width);
@@ -59,7 +59,7 @@ void run_linear_sddmm(const Kernels<T>& k, const Matrix<T>& m, int64_t batch, co
     k.transpose(dy + b0 * m.outputs, m.outputs, grads, width, count, m.outputs);
     t.x = panel;
     t.dy = grads;
-    run_rows(m, 0, t, k.sddmm, width / k.lanes, kMaxSddmmVectors, k.lanes);
+    run_rows(m, 0, t, k.sddmm[kPitch], width / k.lanes, kMaxSddmmVectors, k.lanes);
   }
 }
 

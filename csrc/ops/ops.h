@@ -12,6 +12,8 @@ using torch::stable::Tensor;
 
 Tensor conv2d(const Tensor& x, const Tensor& values, const Tensor& pattern, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& residual, std::vector<int64_t> spec);
+Tensor conv2d_lanes(const Tensor& x, const Tensor& values, const Tensor& pattern, const std::optional<Tensor>& bias,
+                    std::vector<int64_t> spec);
 Tensor conv2d_dx(const Tensor& grad, const Tensor& values, const Tensor& pattern, std::vector<int64_t> spec, int64_t c,
                  int64_t h, int64_t w);
 Tensor conv2d_dw(const Tensor& grad, const Tensor& x, const Tensor& pattern, std::vector<int64_t> spec, int64_t count);

@@ -21,9 +21,9 @@ void pack_row(const Shape& s, const Plane& p, int64_t b, const T* src, T* dst) {
     const int64_t left = std::min(std::max<int64_t>(s.pl, 0), p.stride);
     const int64_t skip = std::max<int64_t>(-s.pl, 0);
     const int64_t count = std::max<int64_t>(0, std::min(p.stride - left, s.w - skip));
-    std::memset(dst, 0, left * sizeof(T));
+    for (int64_t j = 0; j < left; ++j) dst[j] = T(0);
     std::memcpy(dst + left, src + skip, count * sizeof(T));
-    std::memset(dst + left + count, 0, (p.stride - left - count) * sizeof(T));
+    for (int64_t j = left + count; j < p.stride; ++j) dst[j] = T(0);
     return;
   }
   for (int64_t j = 0; j < p.stride; ++j) {

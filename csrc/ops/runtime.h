@@ -37,7 +37,7 @@ class Buffer {
   size_t size_ = 0;
 };
 
-enum BufferSlot { kPanel, kOutput, kOffsets, kValues, kOther, kBufferSlots };
+enum BufferSlot { kPanel, kOutput, kOffsets, kDirectEntries, kValues, kOther, kPartial, kCursors, kBufferSlots };
 
 inline Buffer& buffer(BufferSlot slot) {
   thread_local Buffer buffers[kBufferSlots];

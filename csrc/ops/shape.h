@@ -53,8 +53,8 @@ struct Plane {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // `shared`: the zeros right of a row serve as those left of the next (flat tiles run across rows).
-// `slack`: elements a tile may read past its last column.
-inline Plane make_plane(const Shape& s, int64_t rows, bool shared, int64_t slack, int64_t align) {
+// `slack`: elements a tile may read past its last column. `bytes`: size of an element, all lanes.
+inline Plane make_plane(const Shape& s, int64_t rows, bool shared, int64_t slack, int64_t align, int64_t bytes) {
   Plane p;
   p.rows = rows;
   const int64_t reach_h = (s.kh - 1) * s.dh, reach_w = (s.kw - 1) * s.dw;
@@ -74,7 +74,7 @@ inline Plane make_plane(const Shape& s, int64_t rows, bool shared, int64_t slack
   p.phase = p.in_rows * p.stride;
   p.channel = ceil_div(p.phase * static_cast<int64_t>(p.phases.size()) + slack, align) * align;
   // Planes a multiple of 4 KiB apart would compete for the same cache sets.
-  if (p.channel * 4 % 4096 == 0) p.channel += align;
+  if (p.channel * bytes % 4096 == 0) p.channel += align;
   return p;
 }
 

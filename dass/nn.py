@@ -1,0 +1,565 @@
+"""Sparse layers that stand where nn.Conv2d and nn.Linear stood.
+
+    conv = SparseConv2d.from_dense(conv, mask)      # the same Parameters, pruned to the mask
+
+A layer is in one of two states. **Frozen** (``scores is None``): the mask is fixed and the layer
+runs packed, that is, the kernels see only the kept weights. **Learned** (after ``learn_mask()``):
+the mask is the top-k of ``scores`` and moves with every step, so the layer runs masked-dense,
+because a straight-through gradient needs the dense gradient. Both give the same outputs and
+gradients.
+
+``weight`` is an ordinary dense Parameter in both. What a frozen layer adds is its indices, built
+from the mask by ``set_mask``, ``freeze_mask``, ``load_state_dict``, ``train`` and ``refresh``. They
+are a plain attribute and no buffer, so that DistributedDataParallel does not broadcast them, an
+average of models does not average them, and no state dict holds them.
+
+In training and under torch.compile the kept values are gathered from the weight by an op in the
+graph. Eager inference gathers once and keeps them. They are dropped by ``train()``, ``eval()``,
+``to()``, loading, setting any attribute and, as far as torch counts it, by a write to the weight. A
+write that torch does not count (``weight.data``, a fused optimiser that steps in eval mode) needs
+``refresh()``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.modules.utils import _pair
+
+from dass.masks import parse_pattern, pattern_mask
+from dass_kernels import (
+    Packed,
+    build_pattern,
+    choose_format,
+    conv2d_values,
+    conv_spec,
+    flat_index,
+    linear_values,
+)
+
+__all__ = ["SparseConv2d", "SparseLinear"]
+
+_conv2d = torch.ops.dass.conv2d.default
+_linear = torch.ops.dass.linear.default
+# Under no_grad the op would still pass through its Python autograd kernel: 3 us for nothing.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_KERNEL_DTYPES = (torch.float32, torch.float64)  # the others are converted around the op
+
+
+class _StraightThrough(torch.autograd.Function):
+    """``w m`` with ``m = m(s)``: ``dL/dw = g m`` and ``dL/ds = g w sign(s)`` (DASS, section 3)."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scores, mask)
+        return weight.masked_fill(~mask, 0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        weight, scores, mask = ctx.saved_tensors
+        dw = ds = None
+        if ctx.needs_input_grad[0]:
+            dw = grad.masked_fill(~mask, 0)
+        if ctx.needs_input_grad[1]:
+            ds = (grad * weight * scores.sign()).to(scores.dtype)
+        return dw, ds, None
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether the sparse ops exist for a device; elsewhere a layer runs masked-dense."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("dass::conv2d", key)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def like(module: nn.Conv2d | nn.Linear, kind: type) -> nn.Module:
+    """A layer of another kind with the same arguments and the very same weight and bias.
+
+    Its hooks and its mask are not ``module``'s; nothing is drawn from a random generator.
+    """
+    if isinstance(module, nn.Linear):
+        names = ["in_features", "out_features"]
+    else:
+        names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"]
+        names += ["groups", "padding_mode"]
+    arguments = {name: getattr(module, name) for name in names}
+    bias = module._parameters.get("bias")
+    twin = kind(**arguments, bias=bias is not None, device="meta")
+    twin._parameters["weight"] = module._parameters["weight"]
+    twin._parameters["bias"] = bias
+    return twin
+
+
+class _SparseLayer(nn.Module):
+    """What SparseConv2d and SparseLinear share; a mixin before nn.Conv2d or nn.Linear.
+
+    Attributes:
+        weight: Parameter ``[O, I]`` or ``[O, I / groups, kh, kw]``, dense. Where the mask is False
+            it is ignored; ``set_mask``, ``freeze_mask``, ``refresh`` and loading put zeros there.
+        mask: bool buffer of the weight's shape, True where a weight is kept. While a mask is
+            learned it is the last frozen one; ``current_mask()`` gives the one in use.
+        scores: Parameter of the weight's shape while the mask is learned, else None.
+        density: kept / all weights of a frozen mask; the target while the mask is learned.
+        pattern: the word a learned mask obeys, as in :func:`dass.masks.pattern_mask`.
+    """
+
+    _hot: tuple | None = None  # eager inference: see _heat
+    _index: Tensor | None = None  # int32, dass_kernels' pattern; None: not built (meta tensors)
+    _format = "csr"
+    _flat: tuple[int, int] = (0, 0)  # start and length of the gather order in _index
+    is_packed = False  # runs the sparse ops while frozen; else masked-dense
+    _mask_version: int | None = None
+
+    def _start(self, density: float, pattern: str, mask: Tensor | None = None) -> None:
+        if not 0 < density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {density}")
+        self.pattern = parse_pattern(pattern).word
+        self.register_parameter("scores", None)
+        weight = self.weight
+        with torch.inference_mode(False), torch.no_grad():
+            if weight.is_meta or density == 1:
+                mask = torch.ones_like(weight, dtype=torch.bool)
+            else:
+                mask = self._top(weight, density)
+            self.register_buffer("mask", mask.contiguous())
+        self.density = float(density)
+        self._build()
+
+    @classmethod
+    def from_dense(cls, module: nn.Module, mask: Tensor | None = None) -> _SparseLayer:
+        """The sparse twin of a dense layer. It holds the very same Parameters.
+
+        Args:
+            module: an nn.Conv2d for SparseConv2d, an nn.Linear for SparseLinear, or a sparse layer.
+            mask: as in :meth:`set_mask`, which zeroes the pruned weights of the shared Parameter.
+                Default: ``weight != 0``, or the mask of a sparse layer.
+
+        Raises:
+            ValueError: another kind of module, a weight that is computed or not yet initialised, or
+                a mask of another shape.
+        """
+        kind = next(base for base in cls.__mro__ if base.__module__.startswith("torch.nn"))
+        if not isinstance(module, kind):
+            got = type(module).__name__
+            raise ValueError(f"{cls.__name__} stands for nn.{kind.__name__}, got {got}")
+        weight = module._parameters.get("weight")
+        if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                "the layer's weight is not an ordinary Parameter (computed by a parametrization or "
+                "a pruning hook, or lazy): make it permanent first"
+            )
+        if mask is None:
+            mask = module.current_mask() if isinstance(module, _SparseLayer) else weight != 0
+        twin = like(module, cls)
+        twin.pattern = getattr(module, "pattern", twin.pattern)
+        twin.set_mask(mask)
+        vars(twin)["training"] = module.training
+        return twin
+
+    def _top(self, scores: Tensor, density: float) -> Tensor:
+        return pattern_mask(scores, density, self.pattern, groups=getattr(self, "groups", 1))
+
+    def _build(self) -> None:
+        """Lays out the indices of ``mask``; the only place that does."""
+        self._hot = None
+        mask = self.mask
+        self._mask_version = _version(mask)
+        if mask.is_meta:
+            self._index, self.is_packed = None, False
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            host, groups = mask.cpu(), getattr(self, "groups", 1)
+            self._format = choose_format(host, groups)
+            self._index = build_pattern(host, self._format, groups).to(mask.device)
+            flat = flat_index(self._index)
+        self._flat = (flat.storage_offset(), flat.numel())
+        self.is_packed = _has_kernels(mask.device)
+
+    def _sync(self) -> None:
+        """Builds the indices again if ``mask`` no longer is what they were built from.
+
+        A buffer may be written in place: DDP's broadcast, an average's copy, a user. Compared by
+        content, since DDP's broadcast does not count as a write.
+        """
+        self._hot = None
+        mask = self.mask
+        if mask.is_meta:
+            return
+        if self._index is not None and self._index.device == mask.device:
+            flat = self._index.narrow(0, *self._flat)
+            kept = mask.reshape(-1).index_select(0, flat)
+            if int(mask.count_nonzero()) == flat.numel() and bool(kept.all()):
+                self._mask_version = _version(mask)
+                return
+        self._build()
+
+    @torch.no_grad()
+    def _zero_pruned(self) -> None:
+        weight = self._parameters.get("weight")
+        if weight is None or weight.is_meta:
+            return
+        # Written only if need be: a loaded weight may be shared, or mapped from a read-only file.
+        pruned = ~self.mask
+        if bool(((weight != 0) & pruned).any()):
+            weight.masked_fill_(pruned, 0)
+
+    def set_mask(self, mask: Tensor) -> _SparseLayer:
+        """Fixes the mask (ending any learning) and zeroes the pruned weights in place.
+
+        Args:
+            mask: the weight's shape, bool or numbers (nonzero is kept); may keep all or nothing.
+
+        Raises:
+            ValueError: no tensor, or another shape.
+        """
+        if not isinstance(mask, Tensor):
+            raise ValueError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+        weight = self.weight
+        if mask.shape != weight.shape:
+            raise ValueError(
+                f"mask must have the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            if mask.is_inference():
+                mask = mask.clone()
+            mask = (mask != 0).to(weight.device).contiguous()
+        self._buffers["mask"] = mask
+        self._parameters["scores"] = None
+        if not mask.is_meta:
+            self.density = int(mask.count_nonzero()) / max(mask.numel(), 1)
+        self._build()
+        self._zero_pruned()
+        return self
+
+    def learn_mask(self, density: float | None = None, scores: Tensor | None = None):
+        """Lets the mask be learned: ``scores`` becomes a Parameter, the mask its top-k.
+
+        The forward pass uses ``weight * m(scores)``, m the largest ``|scores|`` of this layer at
+        ``density`` under ``pattern``; gradients are straight-through,
+        ``dL/dscores = dL/dw_eff * weight * sign(scores)`` and ``dL/dweight = dL/dw_eff * m``.
+
+        A pruned weight that is zero has no score gradient and so cannot return: start from dense
+        weights (``prune`` and ``set_mask`` zero them, the constructor's ``density`` does not).
+
+        Args:
+            density: kept / all weights, in (0, 1]; default: the layer's.
+            scores: initial scores, the weight's shape. Default ``sqrt(6 / fan_in) w / max|w|``,
+                whose first mask is the magnitude mask (HYDRA, arXiv 2002.10509), or the scores as
+                they are if the mask is being learned already.
+
+        Raises:
+            ValueError: a density out of range, scores of another shape.
+        """
+        density = self.density if density is None else density
+        if not 0 < density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {density}")
+        weight = self.weight
+        if scores is not None and scores.shape != weight.shape:
+            raise ValueError(
+                f"scores must have the weight's shape {tuple(weight.shape)}, "
+                f"got {tuple(scores.shape)}"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            if scores is not None:
+                scores = scores.to(weight, copy=True)
+            elif self.scores is None:
+                fan_in = max(math.prod(weight.shape[1:]), 1)
+                largest = weight.abs().max() if weight.numel() else weight.new_ones(())
+                scores = weight * (math.sqrt(6 / fan_in) / torch.where(largest > 0, largest, 1))
+        if scores is not None:
+            self.scores = nn.Parameter(scores)
+        self.density = float(density)
+        return self
+
+    def freeze_mask(self) -> _SparseLayer:
+        """Fixes the mask as it is (the learned one if it is being learned) and builds its indices.
+
+        Pruned weights are zeroed in place. The optimiser's memory of them is not:
+        :func:`dass.pruning.attach_masks` does that.
+        """
+        return self.set_mask(self.current_mask())
+
+    def current_mask(self) -> Tensor:
+        """The mask in use, bool: ``m(scores)`` while it is learned, else ``mask``."""
+        if self.scores is None:
+            return self.mask
+        return self._top(self.scores.detach(), self.density)
+
+    def masked_weight(self) -> Tensor:
+        """The dense weight with exact zeros where pruned; differentiable, in both states."""
+        if self.scores is None:
+            return self.weight.masked_fill(~self.mask, 0)
+        return _StraightThrough.apply(self.weight, self.scores, self.current_mask())
+
+    def packed(self) -> Packed:
+        """The kept weights and their indices, for dass_kernels; gradients flow to ``weight``.
+
+        Raises:
+            ValueError: the mask is being learned, or is on the meta device.
+        """
+        if self.scores is not None or self._index is None:
+            raise ValueError("freeze_mask() first: there are no indices while a mask is learned")
+        groups = getattr(self, "groups", 1)
+        return Packed(self._gather(), self._index, self.weight.shape, self._format, groups)
+
+    def refresh(self) -> _SparseLayer:
+        """Makes a frozen layer see writes to ``weight`` and ``mask`` that torch did not count."""
+        self._sync()
+        if self.scores is None:
+            self._zero_pruned()
+        return self
+
+    def _gather(self) -> Tensor:
+        index = self._index.narrow(0, *self._flat)
+        return self.weight.reshape(-1).index_select(0, index)
+
+    def _values(self) -> Tensor:
+        """The kept weights, from the cache in eager inference."""
+        if is_compiling():
+            return self._gather()
+        if _version(self.mask) != self._mask_version:
+            self._sync()
+        weight = self._parameters.get("weight")  # None: parametrized, so never cached
+        if self.training or torch.is_grad_enabled() or weight is None or torch.jit.is_tracing():
+            return self._gather()
+        hot = self._hot
+        if hot is None or hot[0] is not weight or hot[1]._version != hot[2]:
+            # An inference tensor has no counter and cannot change under a normal one's name: any
+            # other tensor's counter stands for it.
+            counter = weight
+            if weight.is_inference():
+                with torch.inference_mode(False):
+                    counter = torch.empty(0)
+            self._heat(weight, counter, self._gather())
+            hot = self._hot
+        return hot[3]
+
+    def _heat(self, weight: Tensor, counter: Tensor, values: Tensor) -> None:
+        """Keeps what forward's first branch needs, in one tuple: each attribute of a Module costs.
+
+        (weight, its counter, the count, values, index, dtype the branch serves or None, device
+        type, the op's constant argument)
+        """
+        dtype = values.dtype if values.dtype in _KERNEL_DTYPES and self._plain() else None
+        vars(self)["_hot"] = (
+            weight,
+            counter,
+            counter._version,
+            values.detach(),
+            self._index,
+            dtype,
+            values.device.type,
+            self._constant(),
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "mask" and "mask" in vars(self).get("_buffers", ()):
+            self.set_mask(value)
+            return
+        super().__setattr__(name, value)
+        vars(self)["_hot"] = None  # a stride, a weight, training: whatever it was
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self._sync()
+        return self
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew, as the dense layer does; the mask stays."""
+        super().reset_parameters()
+        if "mask" in self._buffers:
+            self.refresh()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._hot = None
+        mask = self.mask
+        if mask.is_meta:
+            self._index, self.is_packed = None, False
+        elif self._index is not None and self._index.device != mask.device:
+            self._index = self._index.to(mask.device)
+            self.is_packed = _has_kernels(mask.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """Loads so that the layer computes what the one that was saved computed.
+
+        - with ``scores``: the mask is learned from here on;
+        - with ``mask`` alone: it is frozen to that mask;
+        - with neither, as nn.Conv2d and nn.Linear save: frozen to ``weight != 0``; not an error,
+          strict or not. A layer whose mask is being learned keeps its scores, which are missing.
+        """
+        weight_key, mask_key, scores_key = (prefix + k for k in ("weight", "mask", "scores"))
+        if scores_key in state_dict and self.scores is None:
+            self.scores = nn.Parameter(torch.empty_like(self.weight))
+        elif mask_key in state_dict and scores_key not in state_dict:
+            self.scores = None
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        with torch.inference_mode(False), torch.no_grad():
+            if mask_key not in state_dict and weight_key in state_dict:
+                if mask_key in missing_keys:
+                    missing_keys.remove(mask_key)
+                if self.scores is None:
+                    self._buffers["mask"] = (self.weight != 0).contiguous()
+            elif self.mask.dtype != torch.bool:  # assign=True takes the tensor as it is
+                self._buffers["mask"] = self.mask != 0
+        self._sync()
+        if self.scores is None and not self.mask.is_meta:
+            self.density = int(self.mask.count_nonzero()) / max(self.mask.numel(), 1)
+            self._zero_pruned()
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_hot": None}
+
+    def extra_repr(self) -> str:
+        state = "learned" if self.scores is not None else "frozen"
+        return (
+            f"{super().extra_repr()}, density={self.density:.4g}, pattern={self.pattern!r}, {state}"
+        )
+
+
+class SparseConv2d(_SparseLayer, nn.Conv2d):
+    """nn.Conv2d whose pruned weights cost nothing: ``y = conv2d(x, w * mask) + bias``.
+
+    The arguments, attributes and state dict keys of nn.Conv2d, and besides ``mask`` (and ``scores``
+    while it is learned) two keyword arguments:
+
+    Args:
+        density: in (0, 1]. Below 1 the layer starts with the mask of its largest random weights.
+        pattern: ``"unstructured"``, blocks (outputs x inputs) ``"4x1"``, ``"8x1"``, ``"16x1"``,
+            ``"16x2"``, ``"32x2"``, or ``"2:4"`` and other n:m; what ``density`` and ``learn_mask``
+            obey.
+
+    x is ``(N, C, H, W)`` or ``(C, H, W)`` in any memory format; the result is contiguous (NCHW).
+    Computed in float32 or float64; halves and autocast in float32, rounded once at the end.
+    See the module's docstring for what is cached, and :class:`_SparseLayer` for the attributes.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        density: float = 1.0,
+        pattern: str = "unstructured",
+    ):
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self._start(density, pattern)
+
+    def forward(self, input: Tensor) -> Tensor:
+        hot = self._hot
+        if not is_compiling() and hot is not None and not torch.is_grad_enabled():
+            weight, counter, version, values, index, dtype, device, spec = hot
+            parameters = self._parameters
+            if (
+                input.dtype is dtype
+                and parameters.get("weight") is weight
+                and counter._version == version
+                and input.dim() == 4
+                and not torch.is_autocast_enabled(device)
+            ):
+                if torch.is_inference_mode_enabled():
+                    return _conv2d(input, values, index, parameters["bias"], None, spec)
+                with _below_autograd():
+                    return _conv2d(input, values, index, parameters["bias"], None, spec)
+        return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
+        if not self.is_packed or self.scores is not None:
+            return self._conv_forward(input, self.masked_weight(), self.bias)
+        values = self._values()
+        if self.padding_mode != "zeros":
+            pads = self._reversed_padding_repeated_twice
+            input = F.pad(input, pads, mode=self.padding_mode)
+        return conv2d_values(input, values, self._index, self._constant(), self.bias)
+
+    def _plain(self) -> bool:
+        return self.padding_mode == "zeros"
+
+    def _constant(self) -> list[int]:
+        padding = self.padding if self.padding_mode == "zeros" else 0
+        shape = self.weight.shape
+        return conv_spec(shape, _pair(self.stride), padding, _pair(self.dilation))
+
+
+class SparseLinear(_SparseLayer, nn.Linear):
+    """nn.Linear whose pruned weights cost nothing: ``y = x (w * mask)^T + bias``.
+
+    As :class:`SparseConv2d`; ``x`` is ``(..., in_features)``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        density: float = 1.0,
+        pattern: str = "unstructured",
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._start(density, pattern)
+
+    def forward(self, input: Tensor) -> Tensor:
+        hot = self._hot
+        if not is_compiling() and hot is not None and not torch.is_grad_enabled():
+            weight, counter, version, values, index, dtype, device, outputs = hot
+            parameters = self._parameters
+            if (
+                input.dtype is dtype
+                and parameters.get("weight") is weight
+                and counter._version == version
+                and input.dim() == 2
+                and not torch.is_autocast_enabled(device)
+            ):
+                if torch.is_inference_mode_enabled():
+                    return _linear(input, values, index, parameters["bias"], outputs, 0)
+                with _below_autograd():
+                    return _linear(input, values, index, parameters["bias"], outputs, 0)
+        return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
+        if not self.is_packed or self.scores is not None:
+            return F.linear(input, self.masked_weight(), self.bias)
+        return linear_values(input, self._values(), self._index, self.weight.size(0), self.bias)
+
+    def _plain(self) -> bool:
+        return True
+
+    def _constant(self) -> int:
+        return self.weight.size(0)
