@@ -55,9 +55,12 @@ class _StraightThrough(torch.autograd.Function):
     """``w m`` with ``m = m(s)``: ``dL/dw = g m`` and ``dL/ds = g w sign(s)`` (DASS, section 3)."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scores, mask)
+    def forward(weight: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
         return weight.masked_fill(~mask, 0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -76,8 +79,20 @@ def _has_kernels(device: torch.device) -> bool:
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("dass::conv2d", key)
 
 
+def _share(mask: Tensor) -> float:
+    return int(mask.count_nonzero()) / max(mask.numel(), 1)
+
+
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
+
+
+def _counter(tensor: Tensor) -> Tensor:
+    """The tensor, or if it has no write counter, as inference tensors do not, one that stands."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return torch.empty(0)
 
 
 def like(module: nn.Conv2d | nn.Linear, kind: type) -> nn.Module:
@@ -118,7 +133,7 @@ class _SparseLayer(nn.Module):
     is_packed = False  # runs the sparse ops while frozen; else masked-dense
     _mask_version: int | None = None
 
-    def _start(self, density: float, pattern: str, mask: Tensor | None = None) -> None:
+    def _start(self, density: float, pattern: str) -> None:
         if not 0 < density <= 1:
             raise ValueError(f"density must be in (0, 1], got {density}")
         self.pattern = parse_pattern(pattern).word
@@ -209,7 +224,8 @@ class _SparseLayer(nn.Module):
         # Written only if need be: a loaded weight may be shared, or mapped from a read-only file.
         pruned = ~self.mask
         if bool(((weight != 0) & pruned).any()):
-            weight.masked_fill_(pruned, 0)
+            with torch.inference_mode(weight.is_inference()), torch.no_grad():
+                weight.masked_fill_(pruned, 0)
 
     def set_mask(self, mask: Tensor) -> _SparseLayer:
         """Fixes the mask (ending any learning) and zeroes the pruned weights in place.
@@ -234,12 +250,14 @@ class _SparseLayer(nn.Module):
         self._buffers["mask"] = mask
         self._parameters["scores"] = None
         if not mask.is_meta:
-            self.density = int(mask.count_nonzero()) / max(mask.numel(), 1)
+            self.density = _share(mask)
         self._build()
         self._zero_pruned()
         return self
 
-    def learn_mask(self, density: float | None = None, scores: Tensor | None = None):
+    def learn_mask(
+        self, density: float | None = None, scores: Tensor | None = None
+    ) -> _SparseLayer:
         """Lets the mask be learned: ``scores`` becomes a Parameter, the mask its top-k.
 
         The forward pass uses ``weight * m(scores)``, m the largest ``|scores|`` of this layer at
@@ -331,31 +349,26 @@ class _SparseLayer(nn.Module):
         if self.training or torch.is_grad_enabled() or weight is None or torch.jit.is_tracing():
             return self._gather()
         hot = self._hot
-        if hot is None or hot[0] is not weight or hot[1]._version != hot[2]:
-            # An inference tensor has no counter and cannot change under a normal one's name: any
-            # other tensor's counter stands for it.
-            counter = weight
-            if weight.is_inference():
-                with torch.inference_mode(False):
-                    counter = torch.empty(0)
-            self._heat(weight, counter, self._gather())
+        if hot is None or hot[0] is not weight or hot[1]._version + hot[2]._version != hot[3]:
+            self._heat(weight, self._gather())
             hot = self._hot
-        return hot[3]
+        return hot[4]
 
-    def _heat(self, weight: Tensor, counter: Tensor, values: Tensor) -> None:
+    def _heat(self, weight: Tensor, values: Tensor) -> None:
         """Keeps what forward's first branch needs, in one tuple: each attribute of a Module costs.
 
-        (weight, its counter, the count, values, index, dtype the branch serves or None, device
-        type, the op's constant argument)
+        (weight, a tensor with its write counter, one with the mask's, the sum of both counts,
+        values, index, dtype the branch serves or None, device type, the op's constant argument)
         """
-        dtype = values.dtype if values.dtype in _KERNEL_DTYPES and self._plain() else None
+        served = values.dtype in _KERNEL_DTYPES and self._is_plain()
+        counters = _counter(weight), _counter(self.mask)
         vars(self)["_hot"] = (
             weight,
-            counter,
-            counter._version,
+            *counters,
+            sum(counter._version for counter in counters),
             values.detach(),
             self._index,
-            dtype,
+            values.dtype if served else None,
             values.device.type,
             self._constant(),
         )
@@ -394,7 +407,7 @@ class _SparseLayer(nn.Module):
     ):
         """Loads so that the layer computes what the one that was saved computed.
 
-        - with ``scores``: the mask is learned from here on;
+        - with ``scores``: the mask is learned from here on, at the density of ``mask``;
         - with ``mask`` alone: it is frozen to that mask;
         - with neither, as nn.Conv2d and nn.Linear save: frozen to ``weight != 0``; not an error,
           strict or not. A layer whose mask is being learned keeps its scores, which are missing.
@@ -416,9 +429,18 @@ class _SparseLayer(nn.Module):
             elif self.mask.dtype != torch.bool:  # assign=True takes the tensor as it is
                 self._buffers["mask"] = self.mask != 0
         self._sync()
-        if self.scores is None and not self.mask.is_meta:
-            self.density = int(self.mask.count_nonzero()) / max(self.mask.numel(), 1)
+        if self.mask.is_meta:
+            return
+        if self.scores is None:
+            self.density = _share(self.mask)
             self._zero_pruned()
+        elif mask_key in state_dict and not torch.equal(self.current_mask(), self.mask):
+            self.density = _share(self.mask)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.scores is not None:
+            destination[prefix + "mask"] = self.current_mask()
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_hot": None}
@@ -480,14 +502,13 @@ class SparseConv2d(_SparseLayer, nn.Conv2d):
         self._start(density, pattern)
 
     def forward(self, input: Tensor) -> Tensor:
-        hot = self._hot
-        if not is_compiling() and hot is not None and not torch.is_grad_enabled():
-            weight, counter, version, values, index, dtype, device, spec = hot
+        if not is_compiling() and (hot := self._hot) is not None and not torch.is_grad_enabled():
+            weight, counter, other, count, values, index, dtype, device, spec = hot
             parameters = self._parameters
             if (
                 input.dtype is dtype
                 and parameters.get("weight") is weight
-                and counter._version == version
+                and counter._version + other._version == count
                 and input.dim() == 4
                 and not torch.is_autocast_enabled(device)
             ):
@@ -506,7 +527,7 @@ class SparseConv2d(_SparseLayer, nn.Conv2d):
             input = F.pad(input, pads, mode=self.padding_mode)
         return conv2d_values(input, values, self._index, self._constant(), self.bias)
 
-    def _plain(self) -> bool:
+    def _is_plain(self) -> bool:
         return self.padding_mode == "zeros"
 
     def _constant(self) -> list[int]:
@@ -536,14 +557,13 @@ class SparseLinear(_SparseLayer, nn.Linear):
         self._start(density, pattern)
 
     def forward(self, input: Tensor) -> Tensor:
-        hot = self._hot
-        if not is_compiling() and hot is not None and not torch.is_grad_enabled():
-            weight, counter, version, values, index, dtype, device, outputs = hot
+        if not is_compiling() and (hot := self._hot) is not None and not torch.is_grad_enabled():
+            weight, counter, other, count, values, index, dtype, device, outputs = hot
             parameters = self._parameters
             if (
                 input.dtype is dtype
                 and parameters.get("weight") is weight
-                and counter._version == version
+                and counter._version + other._version == count
                 and input.dim() == 2
                 and not torch.is_autocast_enabled(device)
             ):
@@ -558,7 +578,7 @@ class SparseLinear(_SparseLayer, nn.Linear):
             return F.linear(input, self.masked_weight(), self.bias)
         return linear_values(input, self._values(), self._index, self.weight.size(0), self.bias)
 
-    def _plain(self) -> bool:
+    def _is_plain(self) -> bool:
         return True
 
     def _constant(self) -> int:

@@ -24,6 +24,8 @@ HEADER = 16
 (_INDPTR, _INDICES, _T_INDPTR, _T_INDICES, _PERM, _BITS, _LENGTH, _FLAT) = range(8, 16)
 
 BLOCKS = (4, 8, 16)
+# A matrix this dense also keeps its mask as bits, for the kernel that multiplies a single vector.
+BITS_DENSITY = 0.15
 _FORMATS = "auto, csr (unstructured), 4x1, 8x1, 16x1, n:m (for example 2:4)"
 _INT32_MAX = 2**31 - 1
 
@@ -178,8 +180,11 @@ class Packed:
         """Raises ValueError if the pattern is not one the kernels may read.
 
         Cheap when nothing changed: a change in place bumps the version torch keeps for the tensor,
-        and only then are bounds, order and the transpose checked again.
+        and only then are bounds, order and the transpose checked again. Code under torch.compile
+        goes without: versions cannot be traced, and what is traced was checked by ``pack``.
         """
+        if torch.compiler.is_compiling():
+            return
         version = None if self.pattern.is_inference() else self.pattern._version
         if version is None or self._checked.version != version:
             validate_pattern(self.pattern, self.shape, self.format, self.groups, self.values)
@@ -270,6 +275,19 @@ def _check_blocks(outputs: int, groups: int, block: int) -> None:
         )
 
 
+def _bit_words(mask: Tensor) -> Tensor:
+    """The mask [O, I] as int32 words: a row is ceil(I / 16) half-words, bit j of w is 16 w + j."""
+    rows, columns = mask.shape
+    padded = torch.zeros(rows, -(-columns // 16) * 16, dtype=torch.int64)
+    padded[:, :columns] = mask
+    halves = (padded.view(-1, 16) << torch.arange(16)).sum(-1)
+    if len(halves) % 2:
+        halves = torch.cat([halves, halves.new_zeros(1)])
+    words = halves.view(-1, 2)
+    words = words[:, 0] | words[:, 1] << 16
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
 def build_pattern(mask: Tensor, format: str, groups: int = 1) -> Tensor:
     """Lays out the indices of a boolean mask ``[O, I]`` or ``[O, I / groups, kh, kw]``.
 
@@ -291,7 +309,7 @@ def build_pattern(mask: Tensor, format: str, groups: int = 1) -> Tensor:
     if block > 1:
         grown = torch.zeros(padded, columns, dtype=torch.bool)
         grown[:outputs] = flat_mask
-        any_kept = grown.view(-1, block, columns).any(1)
+        any_kept = grown.view(padded // block, block, columns).any(1)
     else:
         any_kept = flat_mask
     row, column = any_kept.nonzero(as_tuple=True)
@@ -317,6 +335,9 @@ def build_pattern(mask: Tensor, format: str, groups: int = 1) -> Tensor:
 
     sections = [indptr, column, t_indptr, t_index[order], place[order], flat]
     words = [_INDPTR, _INDICES, _T_INDPTR, _T_INDICES, _PERM, _FLAT]
+    if mask.dim() == 2 and block == 1 and column.numel() >= BITS_DENSITY * flat_mask.numel():
+        sections.append(_bit_words(flat_mask))
+        words.append(_BITS)
     length = HEADER + sum(len(s) for s in sections)
     if length > _INT32_MAX:
         raise ValueError(f"pattern needs {length} words; offsets are int32")
@@ -382,7 +403,8 @@ def validate_pattern(
         "transposed indices",
         strict=True,
     )
-    _require(head[_BITS] == 0, "bit mask out of bounds")
+    if head[_BITS]:
+        _check_bits(pattern, head[_BITS], section[_INDPTR], section[_INDICES], columns)
     flat, perm = section[_FLAT].long(), section[_PERM].long()
     # Padding of a short last block: it has a place in values, but is no element of the weight.
     short = int(section[_INDPTR][-2:].long().diff()) if outputs % block else 0
@@ -406,6 +428,16 @@ def validate_pattern(
             _require(bool((last % block < block - padding).all()), "permutation names padding")
     if values is not None:
         _require(values.dim() == 1 and len(values) == entries * block, "wrong number of values")
+
+
+def _check_bits(pattern: Tensor, at: int, indptr: Tensor, indices: Tensor, columns: int) -> None:
+    rows = len(indptr) - 1
+    length = (rows * -(-columns // 16) + 1) // 2
+    _require(at >= HEADER and at + length <= pattern.numel(), "bit mask out of bounds")
+    mask = torch.zeros(rows, columns, dtype=torch.bool)
+    mask[torch.repeat_interleave(indptr.cpu().long().diff()), indices.cpu().long()] = True
+    same = torch.equal(pattern[at : at + length].cpu(), _bit_words(mask))
+    _require(same, "bit mask disagrees with the rows")
 
 
 def _check_rows(indptr: Tensor, indices: Tensor, limit: int, name: str, strict: bool) -> None:

@@ -221,6 +221,11 @@ def conv_spec(weight_shape, stride, padding, dilation, activation=None) -> list[
         raise ValueError(f"stride and dilation must be positive, got {stride!r} and {dilation!r}")
     if min(pt, pl) < 0:
         raise ValueError(f"padding must not be negative, got {padding!r}")
+    if max(sh, sw, dh, dw, pt, pl) >= 2**31:  # products of two must not overflow
+        raise ValueError(
+            f"stride, padding and dilation must be below 2^31, got {stride!r}, {padding!r} and "
+            f"{dilation!r}"
+        )
     return [out, kh, kw, sh, sw, pt, pb, pl, pr, dh, dw, activation_code(activation)]
 
 

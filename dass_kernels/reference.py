@@ -41,9 +41,7 @@ def conv2d(
     residual: Tensor | None = None,
 ) -> Tensor:
     """:func:`dass_kernels.conv2d` in float64: ``act(conv(x, W) + bias + residual)``."""
-    y = F.conv2d(
-        x.double(), dense_weight(weight), _double(bias), stride, padding, dilation, groups
-    )
+    y = F.conv2d(x.double(), dense_weight(weight), _double(bias), stride, padding, dilation, groups)
     return _finish(y, residual, activation)
 
 

@@ -3,6 +3,8 @@
     for info in kernel_table("avx2"): ...
     with isa("scalar"): ...
     check_conv2d(x, weight, mask, bias, padding=1)      # forward and gradients against float64
+
+Shapes, masks and weights depend on their arguments and a seed only.
 """
 
 from __future__ import annotations
@@ -115,15 +117,15 @@ def poison_scratch() -> None:
 
 
 def tolerance(dtype: torch.dtype, length: int) -> float:
-    """Largest relative error of a sum of ``length`` products, in any order of summation.
+    """Largest relative difference of two sums of ``length`` products, in any orders of summation.
 
-    With unit roundoff u, ``|computed - exact| <= length * u / (1 - length * u) * sum |w| |x|`` (Higham,
-    Accuracy and Stability of Numerical Algorithms, section 3.1): to be multiplied by that sum, the
-    *magnitude*. Two more roundings are allowed for, those of bias and residual.
+    One is computed in ``dtype``, the other, the reference, in float64. With unit roundoff u,
+    ``|computed - exact| <= length * u / (1 - length * u) * sum |w| |x|`` (Higham, Accuracy and
+    Stability of Numerical Algorithms, section 3.1), so the result is to be multiplied by that sum,
+    the *magnitude*. Two more roundings are allowed for, those of bias and residual.
     """
-    u = torch.finfo(dtype).eps / 2
-    n = (length + 2) * u
-    return n / (1 - n)
+    roundings = [(length + 2) * torch.finfo(t).eps / 2 for t in (dtype, torch.float64)]
+    return sum(n / (1 - n) for n in roundings)
 
 
 def assert_within(actual: Tensor, expected: Tensor, bound: Tensor, what: str = "result") -> None:
@@ -174,7 +176,9 @@ def _leaf(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach().requires_grad_()
 
 
-def _check(ours, theirs, operands: dict, mask: Tensor, lengths: dict, activation, seed: int) -> None:
+def _check(
+    ours, theirs, operands: dict, mask: Tensor, lengths: dict, activation, seed: int
+) -> None:
     """Compares ``ours(**operands)`` and its gradients with ``theirs`` in float64.
 
     The magnitudes come from ``theirs`` on absolute values: every product is then positive, so the

@@ -1,4 +1,4 @@
-// A weight matrix times very few vectors: bound by the bytes of the weights, so they are kept as a
+// A weight matrix times one vector: bound by the bytes of the weights, so they are kept as a
 // bit mask and packed values (1 bit + 4 bytes x density a weight) and expanded in registers.
 #pragma once
 #include "kernels.h"
@@ -9,15 +9,13 @@ namespace dass {
 namespace DASS_ISA_NAME {
 
 #if defined(DASS_ISA_AVX512)
-constexpr bool kHasGemv = true;
-
 // Rows done together: their value pointers advance by data-dependent counts, and several chains
 // hide that latency.
 constexpr int kGemvRows = 4;
 
 template <int Rows>
-DASS_INLINE void gemv_rows(const GemvTile<float>& t, int64_t row, int64_t b) {
-  const float* x = t.x + b * t.ldx;
+DASS_INLINE void gemv_rows(const GemvTile<float>& t, int64_t row) {
+  const float* x = t.x;
   const float* p[Rows];
   const uint16_t* bits[Rows];
   __m512 acc[Rows];
@@ -40,19 +38,15 @@ DASS_INLINE void gemv_rows(const GemvTile<float>& t, int64_t row, int64_t b) {
   for (int r = 0; r < Rows; ++r) {
     const float sum = _mm512_reduce_add_ps(acc[r]) + (t.bias ? t.bias[row + r] : 0.0f);
     const Vec<float> y = activate(Vec<float>::set1(sum), t.activation);
-    y.store_n(t.y + b * t.ldy + row + r, 1);
+    y.store_n(t.y + row + r, 1);
   }
 }
 
-inline __attribute__((always_inline)) void gemv_all(const GemvTile<float>& t) {
-  for (int64_t b = 0; b < t.batch; ++b) {
-    int64_t row = t.row_begin;
-    for (; row + kGemvRows <= t.row_end; row += kGemvRows) gemv_rows<kGemvRows>(t, row, b);
-    for (; row < t.row_end; ++row) gemv_rows<1>(t, row, b);
-  }
+DASS_INLINE void gemv_all(const GemvTile<float>& t) {
+  int64_t row = t.row_begin;
+  for (; row + kGemvRows <= t.row_end; row += kGemvRows) gemv_rows<kGemvRows>(t, row);
+  for (; row < t.row_end; ++row) gemv_rows<1>(t, row);
 }
-#else
-constexpr bool kHasGemv = false;
 #endif
 
 }  // namespace DASS_ISA_NAME

@@ -9,17 +9,21 @@
 namespace dass {
 namespace DASS_ISA_NAME {
 
-// Vectors of accumulators a tile may hold, per block size. AVX-512 and NEON have 32 registers; the
-// others 16, so a tall block is done in several passes over its nonzeros.
+// Vectors a tile may hold, per block size and for sddmm. AVX-512 and NEON have 32 registers; AVX2 has
+// 16, so a tall block is done in several passes over its nonzeros. Scalar kernels are for machines
+// without any of these and for tests: few widths, so that they compile fast.
 #if defined(DASS_ISA_AVX512) || defined(DASS_ISA_NEON)
 constexpr int kPass4 = 4, kPass8 = 8, kPass16 = 8;
 constexpr int kWide[kBlockSizes] = {8, 6, 3, 3};
+constexpr int kWideSddmm = 16;
 #elif defined(DASS_ISA_AVX2)
 constexpr int kPass4 = 4, kPass8 = 4, kPass16 = 4;
 constexpr int kWide[kBlockSizes] = {8, 2, 2, 2};
+constexpr int kWideSddmm = 6;
 #else
 constexpr int kPass4 = 4, kPass8 = 4, kPass16 = 4;
-constexpr int kWide[kBlockSizes] = {8, 2, 2, 2};
+constexpr int kWide[kBlockSizes] = {3, 1, 1, 1};
+constexpr int kWideSddmm = 3;
 #endif
 
 template <class T, int Slot, int V, int A>
@@ -42,7 +46,7 @@ constexpr void fill_spmm(Kernels<T>& k) {
   k.spmm[A][1][V - 1] = spmm_fn<T, 1, V, A>();
   k.spmm[A][2][V - 1] = spmm_fn<T, 2, V, A>();
   k.spmm[A][3][V - 1] = spmm_fn<T, 3, V, A>();
-  k.blocked[A][V - 1] = &spmm_csr_blocked<T, V, A>;
+  if constexpr (V <= kWide[0]) k.blocked[A][V - 1] = &spmm_csr_blocked<T, V, A>;
   if constexpr (V > 1) fill_spmm<T, A, V - 1>(k);
 }
 
@@ -55,7 +59,7 @@ constexpr void fill_sddmm(Kernels<T>& k) {
 template <class T, int A>
 constexpr void fill(Kernels<T>& k) {
   fill_spmm<T, A, kMaxVectors>(k);
-  fill_sddmm<T, A, kMaxSddmmVectors>(k);
+  fill_sddmm<T, A, kWideSddmm>(k);
   if constexpr (A > 0) fill<T, A - 1>(k);
 }
 
@@ -64,6 +68,7 @@ constexpr Kernels<T> make_kernels() {
   Kernels<T> k{};
   k.lanes = Vec<T>::lanes;
   for (int s = 0; s < kBlockSizes; ++s) k.max_vectors[s] = kWide[s];
+  k.max_sddmm = kWideSddmm;
   fill<T, kAddresses - 1>(k);
   k.transpose = &transpose<T>;
   return k;

@@ -68,20 +68,17 @@ struct SddmmTile {
   T* dvalues;
 };
 
-// y[b, r] = bias[r] + sum_k w[r, k] x[b, k] for a few vectors x, weights expanded from a bit mask.
+// y[r] = act(bias[r] + sum_k w[r, k] x[k]), weights expanded from a bit mask.
 template <class T>
 struct GemvTile {
-  const T* x;  // [batch, ldx], zero-padded to a multiple of 16 columns
-  int64_t ldx;
-  int64_t batch;
+  const T* x;  // zero-padded to a multiple of 16
   const T* values;
   const int32_t* indptr;
   const uint16_t* bits;  // [rows, words]: bit j of word w is column 16 w + j
   int64_t words;
   int64_t row_begin;
   int64_t row_end;
-  T* y;  // [batch, ldy]
-  int64_t ldy;
+  T* y;
   const T* bias;
   Activation activation;
 };
@@ -106,7 +103,8 @@ template <class T>
 struct Kernels {
   int lanes;
   int max_vectors[kBlockSizes];
-  // [address][R][vectors - 1]; null past max_vectors.
+  int max_sddmm;
+  // [address][R][vectors - 1]; null past max_vectors and max_sddmm.
   SpmmFn<T> spmm[kAddresses][kBlockSizes][kMaxVectors];
   SpmmFn<T> blocked[kAddresses][kMaxVectors];  // csr only: the same in blocks of columns
   SddmmFn<T> sddmm[kAddresses][kMaxSddmmVectors];

@@ -46,9 +46,14 @@ DASS_INLINE void store_row(const SpmmTile<T>& t, const Vec<T>* acc, int64_t row)
   if (t.masks) {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      const int n = __builtin_popcount(t.masks[v]);
+      const uint32_t mask = t.masks[v];
+      const int n = __builtin_popcount(mask);
       const int64_t at = t.outs[v];
-      if (n) finish<T>(acc[v].compress(t.masks[v]), n, y + at, residual ? residual + at : nullptr, t.activation);
+      const T* add = residual ? residual + at : nullptr;
+      if (n == lanes)
+        finish<T>(acc[v], lanes, y + at, add, t.activation);
+      else if (n)
+        finish<T>(acc[v].compress(mask), n, y + at, add, t.activation);
     }
     return;
   }

@@ -1,6 +1,7 @@
-// A sparse convolution as sparse rows times panels of pixels. Three ways to make the panels:
+// A sparse convolution as sparse rows times panels of pixels. Four ways to make the panels:
 //
 //   pointwise  1x1: a tile of pixels straight from the image, or copied first when it is read often
+//   pixels     1x1 on small planes: tiles that run on from image to image
 //   planes     k x k: padded planes of one image; a tap is an offset, tiles run across rows
 //   lanes      batches: as many images as a register has lanes, side by side, so every tap is aligned
 #pragma once
@@ -136,6 +137,39 @@ void conv_pointwise(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, con
     if (t.residual) t.residual += n * s.o * pixels + p0;
     t.tail = static_cast<int32_t>(count - (v - 1) * lanes);
     run_tile(t, m, pack ? block : cg, v, k.lanes, k.spmm[kPitch][slot][v - 1], k.blocked[kPitch][v - 1], m.taps);
+  });
+}
+
+// 1x1 on small planes: tiles of pixels run on from image to image, so that no lanes are wasted (7 x 7
+// fills 49 of 64). The outputs of some rows are collected before they go to their images.
+constexpr int64_t kRowChunk = 256;
+
+template <class T>
+void conv_pixels(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, T* y, const Epilogue<T>& e) {
+  const int slot = block_slot(m.block);
+  const int64_t pixels = s.h * s.w, lanes = k.lanes, cg = m.channels(), total = s.n * pixels;
+  const int64_t vectors = tile_vectors(ceil_div(total, lanes), k.max_vectors[slot]), width = vectors * lanes;
+  const int64_t tiles = ceil_div(total, width), block = block_channels(m, width * static_cast<int64_t>(sizeof(T)));
+  const int64_t chunk = std::max<int64_t>(1, kRowChunk / m.block);
+  for_units(m.groups * tiles, [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
+    const int64_t q0 = unit % tiles * width, g = unit / tiles;
+    const int64_t count = std::min(width, total - q0), v = ceil_div(count, lanes);
+    SpmmTile<T> t = make_tile(m, e);
+    set_rows(t, m, g, first, last, parts);
+    t.pitch = t.ldy = v * lanes;
+    t.tail = static_cast<int32_t>(lanes);
+    T* panel = buffer(kPanel).get<T>(cg * t.pitch);
+    gather_pixels(x + g * cg * pixels, s.c * pixels, pixels, cg, q0, count, t.pitch, panel);
+    t.x = panel;
+    T* out = buffer(kOutput).get<T>(chunk * m.block * t.ldy);
+    for (int64_t r = t.row_begin, end = t.row_end; r < end; r += chunk) {
+      t.row_begin = r;
+      t.row_end = std::min(r + chunk, end);
+      t.y = out - r * m.block * t.ldy;
+      run_tile(t, m, block, v, k.lanes, k.spmm[kPitch][slot][v - 1], k.blocked[kPitch][v - 1], m.taps);
+      for (int64_t o = r * m.block; o < std::min(t.row_end * m.block, m.outputs); ++o)
+        scatter_pixels(t.y + o * t.ldy, s.o * pixels, pixels, q0, count, y + o * pixels);
+    }
   });
 }
 
@@ -285,10 +319,14 @@ void conv_in_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, cons
 // Images side by side pay for two transpositions; with few nonzeros a column that is not won back.
 template <class T>
 bool lanes_pay(const Kernels<T>& k, const Matrix<T>& m, const Shape& s) {
-  if (s.n < k.lanes || m.reuse() < 2.0) return false;
-  if (!s.pointwise()) return true;
+  return s.n >= k.lanes && !s.pointwise() && m.reuse() >= 2.0;
+}
+
+// Whether whole vectors would waste more than a seventh of their lanes on each image.
+template <class T>
+bool pixels_pay(const Kernels<T>& k, const Shape& s) {
   const int64_t pixels = s.h * s.w;
-  return pixels * 100 < ceil_div(pixels, k.lanes) * k.lanes * 85;
+  return s.n > 1 && pixels * 100 < ceil_div(pixels, k.lanes) * k.lanes * 86;
 }
 
 template <class T>
@@ -305,10 +343,12 @@ void run_conv(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* 
   rest.n = s.n - done;
   x += done * s.c * s.h * s.w;
   y += done * s.o * s.oh * s.ow;
-  if (s.pointwise())
-    conv_pointwise(k, m, rest, x, y, e);
-  else
+  if (!s.pointwise())
     conv_planes(k, m, rest, x, y, e);
+  else if (!e.residual && pixels_pay(k, s))
+    conv_pixels(k, m, rest, x, y, e);
+  else
+    conv_pointwise(k, m, rest, x, y, e);
 }
 
 }  // namespace dass

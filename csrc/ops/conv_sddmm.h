@@ -45,7 +45,7 @@ template <class T>
 void sddmm_planes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, const T* dy, T* dvalues) {
   const int64_t lanes = k.lanes, cg = m.channels(), og = m.group_outputs();
   const int64_t rows = panel_rows(s, cg, 1, sizeof(T), kPlaneBudget);
-  const Plane p = make_plane(s, rows, true, kMaxSddmmVectors * lanes, lanes, sizeof(T));
+  const Plane p = make_plane(s, rows, true, k.max_sddmm * lanes, lanes, sizeof(T));
   const Entries a = find_entries(m, s, p, 1, s.n * ceil_div(s.oh * s.ow, lanes));
   SddmmTile<T> t = make_sddmm(m, a.indices, a.offsets, dvalues);
   const int64_t full = ceil_div((rows - 1) * p.stride + s.ow, lanes) * lanes;
@@ -71,7 +71,7 @@ void sddmm_planes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const
         t.lddy = full;
         t.dy = grads - g * og * full;
         const int64_t vectors = ceil_div((count - 1) * p.stride + s.ow, lanes);
-        run_rows(m, g, t, k.sddmm[a.kind], vectors, tile_vectors(vectors, kMaxSddmmVectors), lanes);
+        run_rows(m, g, t, k.sddmm[a.kind], vectors, tile_vectors(vectors, k.max_sddmm), lanes);
       }
 }
 
@@ -79,13 +79,13 @@ template <class T>
 void sddmm_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, const T* dy, T* dvalues) {
   const int64_t lanes = k.lanes, cg = m.channels(), og = m.group_outputs();
   const int64_t rows = panel_rows(s, cg, lanes, sizeof(T), kLanesBudget);
-  const Plane p = make_plane(s, rows, false, kMaxSddmmVectors, 1, sizeof(T) * lanes);
+  const Plane p = make_plane(s, rows, false, k.max_sddmm, 1, sizeof(T) * lanes);
   const Entries a = find_entries(m, s, p, lanes, s.n / lanes * s.oh * s.ow);
   SddmmTile<T> t = make_sddmm(m, a.indices, a.offsets, dvalues);
   T* panel = buffer(kPanel).get<T>(cg * p.channel * lanes);
   t.lddy = rows * s.ow * lanes;
   T* grads = buffer(kOutput).get<T>(og * t.lddy);
-  const int64_t step = tile_vectors(s.ow, kMaxSddmmVectors);
+  const int64_t step = tile_vectors(s.ow, k.max_sddmm);
   for (int64_t n = 0; n < s.n; n += lanes)
     for (int64_t g = 0; g < m.groups; ++g)
       for (int64_t oy0 = 0; oy0 < s.oh; oy0 += rows) {
@@ -108,26 +108,11 @@ void sddmm_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const 
       }
 }
 
-// Copies pixels [q0, q0 + count) of `channels` planes into rows of `width`, zeros behind them. Pixels
-// are numbered through the images of the batch.
-template <class T>
-void gather_pixels(const T* src, int64_t image, int64_t pixels, int64_t channels, int64_t q0, int64_t count,
-                   int64_t width, T* dst) {
-  for (int64_t q = q0; q < q0 + count;) {
-    const int64_t n = q / pixels, p = q % pixels, run = std::min(pixels - p, q0 + count - q);
-    for (int64_t c = 0; c < channels; ++c)
-      std::memcpy(dst + c * width + (q - q0), src + n * image + c * pixels + p, run * sizeof(T));
-    q += run;
-  }
-  if (count < width)
-    for (int64_t c = 0; c < channels; ++c) std::memset(dst + c * width + count, 0, (width - count) * sizeof(T));
-}
-
 // 1x1: tiles of pixels run on from image to image, read in place where a tile lies within one.
 template <class T>
 void sddmm_pointwise(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, const T* dy, T* dvalues) {
   const int64_t lanes = k.lanes, cg = m.channels(), og = m.group_outputs(), pixels = s.h * s.w;
-  const int64_t total = s.n * pixels, vectors = tile_vectors(ceil_div(total, lanes), kMaxSddmmVectors);
+  const int64_t total = s.n * pixels, vectors = tile_vectors(ceil_div(total, lanes), k.max_sddmm);
   const int64_t width = vectors * lanes;
   SddmmTile<T> t = make_sddmm<T>(m, m.indices, nullptr, dvalues);
   T* panel = buffer(kPanel).get<T>(cg * width);
@@ -152,7 +137,7 @@ void sddmm_pointwise(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, co
         t.dy = grads - g * og * width;
         t.pitch = t.lddy = width;
       }
-      run_rows(m, g, t, k.sddmm[kPitch], ceil_div(count, lanes), kMaxSddmmVectors, lanes);
+      run_rows(m, g, t, k.sddmm[kPitch], ceil_div(count, lanes), k.max_sddmm, lanes);
     }
 }
 

@@ -88,4 +88,29 @@ void pack_lanes(const Kernels<T>& k, const Shape& s, const Plane& p, int64_t cha
   }
 }
 
+// Copies pixels [q0, q0 + count) of `channels` planes into rows of `width`, zeros behind them. Pixels
+// are numbered through the images of the batch.
+template <class T>
+void gather_pixels(const T* src, int64_t image, int64_t pixels, int64_t channels, int64_t q0, int64_t count,
+                   int64_t width, T* dst) {
+  for (int64_t q = q0; q < q0 + count;) {
+    const int64_t n = q / pixels, p = q % pixels, run = std::min(pixels - p, q0 + count - q);
+    for (int64_t c = 0; c < channels; ++c)
+      std::memcpy(dst + c * width + (q - q0), src + n * image + c * pixels + p, run * sizeof(T));
+    q += run;
+  }
+  if (count < width)
+    for (int64_t c = 0; c < channels; ++c) std::memset(dst + c * width + count, 0, (width - count) * sizeof(T));
+}
+
+// The way back for one plane: pixels [q0, q0 + count) from src into the images of the batch.
+template <class T>
+void scatter_pixels(const T* src, int64_t image, int64_t pixels, int64_t q0, int64_t count, T* dst) {
+  for (int64_t q = q0; q < q0 + count;) {
+    const int64_t n = q / pixels, p = q % pixels, run = std::min(pixels - p, q0 + count - q);
+    std::memcpy(dst + n * image + p, src + (q - q0), run * sizeof(T));
+    q += run;
+  }
+}
+
 }  // namespace dass

@@ -95,7 +95,9 @@ def create(name: str, num_classes: int | None = None, **overrides) -> nn.Module:
             raise ValueError(f"{what} must be an integer of at least 1, got {value!r}")
     if not overrides.get("width", 1.0) > 0:
         raise ValueError(f"width must be greater than 0, got {overrides['width']!r}")
-    return build(classes, **row.fixed, **overrides)
+    model = build(classes, **row.fixed, **overrides)
+    model._dass_zoo = (name, {"num_classes": classes, **overrides})  # dass.save records it
+    return model
 
 
 def scaled_channels(channels: int, width: float, divisor: int = 8) -> int:

@@ -1,0 +1,74 @@
+# Every command of this repository. `make demo` and `make test` work on a fresh clone.
+#
+#   PYTHON=python3.12      the Python that the environment is made from (3.10 or newer)
+#   VENV=.venv             where the environment lies
+#   TORCH=torch==2.14.1    another torch, as pip takes it: "torch==2.13.0 --index-url ..."
+#   ARGS="-k conv2d -x"    more arguments for pytest or the benchmarks
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= $(shell grep '^torch==' requirements-dev.txt)
+ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+ASAN_TREE := build/asan-tree
+
+.PHONY: help install demo test test-full test-asan bench lint fmt clean
+
+help:
+	@echo "make demo | test | test-full | test-asan | bench | lint | fmt | install | clean"
+
+# The environment: torch first, so that nothing else chooses it.
+$(VENV)/.tools: requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(TORCH)
+	grep -v '^torch==' requirements-dev.txt | $(BIN)/pip install -q -r /dev/stdin
+	touch $@
+
+# The package, built in place: two minutes on two cores at first, then only what changed.
+$(VENV)/.built: $(VENV)/.tools $(CXX_FILES) CMakeLists.txt setup.py pyproject.toml
+	$(BIN)/pip install -q --no-build-isolation -e '.[test]'
+	touch $@
+
+install: $(VENV)/.built
+
+demo: $(VENV)/.built
+	$(BIN)/dass demo $(ARGS)
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-full: $(VENV)/.built test-asan
+	$(BIN)/python -m pytest $(ARGS)
+
+# The tests that reach the kernels, against a copy built with AddressSanitizer and UBSan. Preloaded
+# with the sanitizer comes libstdc++, whose exceptions it has to see; torch's leaks are not ours.
+test-asan: $(VENV)/.built
+	rm -rf $(ASAN_TREE)/dass $(ASAN_TREE)/dass_kernels $(ASAN_TREE)/tests
+	CXX=g++ DASS_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(ASAN_TREE)
+	cp -r tests pyproject.toml $(ASAN_TREE)
+	cd $(ASAN_TREE) && PYTHONPATH=. PYTHONMALLOC=malloc \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/python -m pytest -m "not slow" $$(grep -l dass_kernels tests/test_*.py) $(ARGS)
+
+bench: $(VENV)/.built
+	$(BIN)/python -m bench $(ARGS)
+
+lint: $(VENV)/.tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/python scripts/check_arrows.py
+
+fmt: $(VENV)/.tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# All that is built; the environment stays (rm -r $(VENV) removes it).
+clean:
+	rm -rf build dist *.egg-info dass_kernels/*.so $(VENV)/.built
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find bench dass dass_kernels scripts tests -name __pycache__ -prune -exec rm -rf {} +
