@@ -1,23 +1,25 @@
-"""`make bench`: every figure, short; writes runs/bench/figures-ISA.json, .md and .png.
+"""`make bench`: figures of single layers, short; writes runs/bench/figures-ISA.json, .md, .png.
 
-python -m bench [arguments of bench.figures]      e.g. --group conv1x1 --rounds 9 --isa avx2
+    python -m bench [arguments of bench.figures]      e.g. --group conv1x1 --rounds 9 --isa avx2
+
+About six minutes on a quiet machine. Whole networks take as long again: ``--group sparsify``.
 """
 
-import sys
 from pathlib import Path
 
 import dass_kernels
 from bench import figures, plot
-from bench.session import exit_on_failures
+from bench.session import exit_on_failures, parse
 from bench.table import figures_table, rows_table
 
 ROUNDS = 3
+GROUPS = [name for name in figures.GROUPS if name != "sparsify"]
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = figures.parser()
-    parser.set_defaults(rounds=ROUNDS)
-    options = parser.parse_args(arguments)
+    parser.set_defaults(rounds=ROUNDS, group=GROUPS)
+    options = parse(parser, arguments)
     isa = options.isa or dass_kernels.active_isa()
     options.json = options.json or Path("runs") / "bench" / f"figures-{isa}.json"
     document = figures.measure_groups(options)
@@ -33,4 +35,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sparsity", type=float, nargs="+", default=cases.SPARSITIES)
     parser.add_argument("--policy", nargs="+", default=["auto"], choices=["auto", "always"])
-    options = parser.parse_args(arguments)
+    options = session.parse(parser, arguments)
     session.run(
         (
             network_contest(name, s, options.batch, tuple(options.policy), options.threads)

@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sparsity", type=float, nargs="+", default=cases.SPARSITIES)
-    options = parser.parse_args(arguments)
+    options = session.parse(parser, arguments)
     overrides = {} if options.width == 1 else {"width": options.width}
     session.run(
         (

@@ -22,7 +22,7 @@ from bench import cases, inference
 from bench.bench_models import sparsified
 from bench.bench_training import training
 from bench.contest import Contest
-from bench.session import Session, add_common_arguments, exit_on_failures
+from bench.session import Session, add_common_arguments, exit_on_failures, parse
 from bench.table import figures_table
 
 Numbers = tuple[float, ...] | None
@@ -204,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    document = measure_groups(parser().parse_args(arguments))
+    document = measure_groups(parse(parser(), arguments))
     print("\n" + figures_table(document))
     exit_on_failures(document)
     return document

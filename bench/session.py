@@ -17,7 +17,7 @@ from bench.table import rows_table
 from dass.timing import machine_facts
 
 ROUND_SECONDS = 0.02  # per entry and round
-# What keeps torch's own libraries to an instruction set; each is read at its library's first use.
+# What keeps torch's own libraries to an instruction set; read once, when they are first used.
 DENSE_LIMITS = {
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",
@@ -37,6 +37,26 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parse(
+    parser: argparse.ArgumentParser, arguments: list[str] | None = None
+) -> argparse.Namespace:
+    """The options, of the command line if no arguments are given.
+
+    Where the command line asks for an instruction set, the process starts itself anew in an
+    environment that keeps torch's libraries to it, too.
+    """
+    options = parser.parse_args(arguments)
+    limits = {} if options.free_dense else DENSE_LIMITS.get(options.isa, {})
+    if arguments is None and not _in_force(limits):
+        command = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **limits})
+    return options
+
+
+def _in_force(limits: dict[str, str]) -> bool:
+    return all(os.environ.get(name) == value for name, value in limits.items())
+
+
 class Session:
     """Holds contests and collects rows and notes.
 
@@ -46,8 +66,6 @@ class Session:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         if options.isa:
-            if not options.free_dense:
-                os.environ.update(DENSE_LIMITS.get(options.isa, {}))
             dass_kernels.set_isa(options.isa)
         self.document = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -55,17 +73,13 @@ class Session:
             "settings": {
                 "rounds": options.rounds,
                 "isa": dass_kernels.active_isa(),
-                "dense_isa": self._dense_isa(),
+                "dense_isa": _dense_isa(),
             },
             "rows": [],
             "seconds": {},
             "notes": [],
             "failures": [],
         }
-
-    def _dense_isa(self) -> str:
-        limited = self.options.isa in DENSE_LIMITS and not self.options.free_dense
-        return self.options.isa if limited else "best"
 
     def hold(self, group: str, contests: Iterable[Contest]) -> None:
         """Holds a group's contests; what is missing becomes a note, a wrong result a failure."""
@@ -119,6 +133,11 @@ def run(contests: Iterable[Contest], options: argparse.Namespace) -> None:
 def exit_on_failures(document: dict) -> None:
     if document["failures"]:
         raise SystemExit("some results differ: see above")
+
+
+def _dense_isa() -> str:
+    """What the environment keeps torch's libraries to."""
+    return next((isa for isa, limits in DENSE_LIMITS.items() if _in_force(limits)), "best")
 
 
 def progress_line(row: dict) -> str:

@@ -33,8 +33,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def machine_line(document: dict) -> str:
     facts, settings = document["facts"], document["settings"]
     caches = ", ".join(f"{name} {size}" for name, size in facts["caches"].items())
-    limited = settings["dense_isa"] != "best"
-    dense = ", which torch is limited to as well" if limited else ""
+    dense = "" if settings["dense_isa"] == "best" else f" (torch kept to {settings['dense_isa']})"
     return (
         f"{facts['cpu']}, {facts['cores']} cores ({caches}); torch {facts['torch']}; "
         f"{settings['isa']}{dense}; {settings['rounds']} rounds; {document['date']}"

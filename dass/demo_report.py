@@ -165,6 +165,7 @@ def _accuracy(view: _View) -> Section:
         y_label="accuracy, %",
         marks=["dense", *view.pruned],
         log_x=True,
+        least_y=10.0,
     )
     text = (
         "Nonzeros are of all convolutions and linear layers, those left dense included. Files: "
@@ -217,8 +218,6 @@ def _trained(view: _View) -> Iterator[Section]:
     networks = view.networks("trained")
     if not networks:
         return
-    name = f"ResNet-18, width {view.settings['width']:g}"
-    networks = [(name, result) for _, result in networks]
     yield Section(
         "Latency of the trained network",
         ("Milliseconds, one thread.",),
@@ -244,6 +243,8 @@ def _untrained(view: _View) -> Iterator[Section]:
     )
     yield _ways("Dense forms of the larger networks", networks)
     for stage, result in view.of("untrained"):
+        if "layers" not in result:
+            continue
         title = f"Layers of {stage}, untrained"
         yield _layers(title, result["layers"], brief=False)
 

@@ -10,9 +10,8 @@ in turn with the sparse one in the same process. Results are compared before the
 from __future__ import annotations
 
 import copy
-import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from dass.convert import densify, sparsify
 from dass.nn import SparseConv2d, SparseLinear
 from dass.pruning import attach_masks
+from dass.surgery import evaluating
 from dass.timing import Sample, dense_variants, measure, speedup, threads
 
 __all__ = [
@@ -87,12 +87,12 @@ def compare_layers(
         functions = dense_variants(layer, example)
         ways = list(functions)
         sparse = {
-            label: twin
+            label: copy.deepcopy(twin).eval()
             for label, model in rivals.items()
             if isinstance(twin := model.get_submodule(names[0]), _SPARSE)
         }
         for label, twin in sparse.items():
-            _check(names[0], twin.eval(), densify(twin), example)
+            _check(names[0], twin, densify(twin), example)
             functions[label] = lambda twin=twin, x=example: twin(x)
         samples = measure(functions, seconds=seconds, rounds=rounds, num_threads=num_threads)
         row = {"names": list(names), "kind": _kind(layer), "weight": list(layer.weight.shape)}
@@ -115,10 +115,8 @@ def _groups(dense, rivals: Mapping[str, nn.Module], x: Tensor) -> dict[tuple[str
 
             handles.append(module.register_forward_pre_hook(note))
     try:
-        with torch.inference_mode():
-            copy_mode = dense.training
-            dense.eval()(x)
-            dense.train(copy_mode)
+        with evaluating(dense), torch.inference_mode():
+            dense(x)
     finally:
         for handle in handles:
             handle.remove()
@@ -352,9 +350,3 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tens
         optimizer.step()
 
     return step
-
-
-def median(values: Iterable[float]) -> float:
-    """Of possibly no values: then NaN."""
-    values = list(values)
-    return statistics.median(values) if values else float("nan")

@@ -30,7 +30,8 @@ class Plot:
         categories: of the bars.
         marks: a dot at each point, with these labels beside those of the first series.
         dashed: series drawn thin and dashed, in the colour of the series after them.
-        log_x: a logarithmic x axis.
+        log_x: a logarithmic x axis, with a tick at each point.
+        least_y: the y axis of lines spans at least so much.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Plot:
     marks: Sequence[str] = ()
     dashed: Sequence[str] = ()
     log_x: bool = False
+    least_y: float = 0.0
 
     def to_dict(self) -> dict:
         """Plain JSON types."""
@@ -130,9 +132,16 @@ def _lines(axes, plot: Plot) -> None:
         if i == 0:
             for x, y, word in zip(xs, ys, plot.marks, strict=False):
                 axes.annotate(word, (x, y), (0, 7), textcoords="offset points", ha="center")
+    axes.margins(x=0.08, y=0.15)
     if plot.log_x:
         axes.set_xscale("log")
-    axes.margins(x=0.08, y=0.15)
+        places = sorted({p[0] for points in plot.series.values() for p in points})
+        axes.set_xticks(places, [f"{x:,.0f}" for x in places])
+        axes.minorticks_off()
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, high - plot.least_y), high)  # a small step is to look small
     axes.grid(color=_INK, alpha=0.12, linewidth=0.6)
 
 

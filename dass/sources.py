@@ -18,6 +18,7 @@ from dass.files import load
 from dass.images import ImageDataset
 from dass.readers import READERS
 from dass.runs import UserError, model_file
+from dass.surgery import evaluating
 
 __all__ = [
     "build_network",
@@ -117,17 +118,12 @@ def check_fit(model: nn.Module, images: ImageDataset) -> None:
 
 def run_on(model: nn.Module, x: Tensor, what: str) -> Tensor:
     """One forward pass in eval mode; an input that does not fit is the user's error."""
-    was_training = model.training
     try:
-        with torch.inference_mode():
-            return model.eval()(x)
+        with evaluating(model), torch.inference_mode():
+            return model(x)
     except RuntimeError as error:
-        shape = "x".join(map(str, x.shape))
-        raise UserError(
-            f"the network does not take {what} ({shape}): {first_line(error)}"
-        ) from None
-    finally:
-        model.train(was_training)
+        shape, why = "x".join(map(str, x.shape)), first_line(error)
+        raise UserError(f"the network does not take {what} ({shape}): {why}") from None
 
 
 def first_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from dass_kernels import testing
 # No deadline: a loaded machine is not a bug. The same examples on every CI run.
 settings.register_profile("dass", deadline=None, max_examples=40, print_blob=True)
 settings.register_profile("dass_ci", settings.get_profile("dass"), derandomize=True)
+settings.register_profile("thorough", settings.get_profile("dass"), max_examples=1000)
 settings.load_profile("dass_ci" if os.environ.get("CI") else "dass")
 
 REPORT = pytest.StashKey[list]()

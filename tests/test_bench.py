@@ -178,6 +178,25 @@ def test_session_records_what_is_missing_and_what_is_wrong(tmp_path, capsys):
         session.exit_on_failures(written)
 
 
+def test_an_instruction_set_binds_both_sides(monkeypatch):
+    started = []
+    monkeypatch.setattr(session.os, "execve", lambda *call: started.append(call))
+    monkeypatch.setattr(sys, "argv", ["bench", "--isa", "avx2", "--group", "linear"])
+    for name in session.DENSE_LIMITS["avx2"]:
+        monkeypatch.delenv(name, raising=False)
+    session.parse(figures.parser(), ["--isa", "avx2"])
+    assert not started  # called from Python: the environment is the caller's
+    assert session.parse(figures.parser()).group == ["linear"]
+    _, command, environment = started.pop()
+    assert command[1:] == sys.orig_argv[1:]
+    for name, value in session.DENSE_LIMITS["avx2"].items():
+        assert environment[name] == value
+        monkeypatch.setenv(name, value)
+    session.parse(figures.parser())
+    assert not started
+    assert session.Session(options()).document["settings"]["dense_isa"] == "avx2"
+
+
 def _row(group, kind, sparsity, ratio, us=500.0, pair="module/dense"):
     ours, baseline = pair.split("/")
     times = {ours: us / ratio, "nchw": us}

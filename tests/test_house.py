@@ -10,7 +10,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import yaml
 
 import dass_kernels
 from dass_kernels import formats
@@ -32,6 +31,7 @@ def _check_arrows():
 
 
 def _hook(name):
+    yaml = pytest.importorskip("yaml")
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     return next(h for repo in config["repos"] for h in repo["hooks"] if h["id"] == name)
 
