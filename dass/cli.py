@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-
-T = TypeVar("T")
 
 app = typer.Typer(
     name="dass",
@@ -102,11 +100,15 @@ def demo(
     with _session() as console:
         from dataclasses import replace
 
+        from dass import arguments
         from dass.demo import QUICK, DemoSettings, run_demo
         from dass.demo_report import demo_report
 
         settings = replace(
-            QUICK if quick else DemoSettings(), data=data, threads=_at_least_one(threads), seed=seed
+            QUICK if quick else DemoSettings(),
+            data=data,
+            threads=arguments.at_least_one(threads),
+            seed=seed,
         )
         results = run_demo(settings, run, console, fresh=fresh)
         _publish(demo_report(results), run, console)
@@ -137,10 +139,11 @@ def train(
     Example: **dass train resnet20 --data cifar10 --epochs 30 --run runs/r20**
     """
     with _session() as console:
+        from dass import arguments
         from dass.commands import train_run
 
         folder = run or Path("runs") / network
-        config = _config(
+        config = arguments.config(
             epochs=epochs,
             batch_size=batch_size,
             lr=lr,
@@ -192,6 +195,7 @@ def prune(
     Example: **dass prune runs/r20 --sparsity 0.9 --exclude first --exclude last --finetune 5**
     """
     with _session() as console:
+        from dass import arguments
         from dass.commands import prune_run
         from dass.runs import UserError, model_file
 
@@ -202,7 +206,9 @@ def prune(
         stem = file.parent.name if file.name == "model.safetensors" else file.stem
         folder = run or Path("runs") / f"{stem}-{100 * sparsity:.4g}"
         config = (
-            _config(epochs=finetune, batch_size=batch_size, lr=lr, seed=seed) if finetune else None
+            arguments.config(epochs=finetune, batch_size=batch_size, lr=lr, seed=seed)
+            if finetune
+            else None
         )
         rule = {
             "method": method,
@@ -245,6 +251,7 @@ def evaluate(
     Example: **dass evaluate runs/r20-90 --batches 1,16**
     """
     with _session() as console:
+        from dass import arguments
         from dass.measurements import evaluate_model
         from dass.runs import model_file
 
@@ -256,9 +263,9 @@ def evaluate(
             data=data,
             size=size,
             model=model,
-            shape=_shape(shape),
-            batches=_numbers(batches, "--batches") if latency else (),
-            num_threads=_at_least_one(threads),
+            shape=arguments.shape(shape),
+            batches=arguments.numbers(batches, "--batches") if latency else (),
+            num_threads=arguments.at_least_one(threads),
         )
         _publish(report, out, console)
 
@@ -289,16 +296,17 @@ def bench(
     Example: **dass bench mynets.vision:build --input 3x224x224 --sparsities 0.9,0.95**
     """
     with _session() as console:
+        from dass import arguments
         from dass.measurements import bench_model
 
         report = bench_model(
             network,
             console,
-            sparsities=_shares(sparsities, "--sparsities"),
-            batches=_numbers(batches, "--batches"),
-            shape=_shape(shape),
+            sparsities=arguments.shares(sparsities, "--sparsities"),
+            batches=arguments.numbers(batches, "--batches"),
+            shape=arguments.shape(shape),
             rule={"scope": scope, "pattern": pattern, "exclude": exclude or []},
-            num_threads=_at_least_one(threads),
+            num_threads=arguments.at_least_one(threads),
             seconds=seconds,
         )
         folder = out or Path("runs") / f"bench-{network.replace(':', '.')}"
@@ -315,6 +323,8 @@ def _session() -> Iterator[Console]:
         console = Console(width=100)
     log = logging.getLogger("dass")
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    said: set[str] = set()  # both parts of a data set may say the same
+    handler.addFilter(lambda r: r.getMessage() not in said and not said.add(r.getMessage()))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
@@ -334,7 +344,7 @@ def _errors() -> Iterator[None]:
     err = Console(stderr=True, soft_wrap=True)
     try:
         yield
-    except (UserError, DataError, FileError, CheckpointError, TrainingError) as error:
+    except (UserError, DataError, FileError, CheckpointError, TrainingError, OSError) as error:
         words = " ".join(str(error).split())
         err.print(f"[red]error:[/] {escape(words)}", highlight=False)
         raise typer.Exit(2) from None
@@ -352,16 +362,6 @@ def _publish(report, folder: Path | None, console: Console) -> None:
         console.print(f"\nreport: {paths['html']} (also .md and .json)", soft_wrap=True)
 
 
-def _config(**values):
-    from dass.runs import UserError
-    from dass.training import TrainConfig
-
-    try:
-        return TrainConfig(**values)
-    except ValueError as error:
-        raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
-
-
 def _inherit(source: str, data: str | None, size: int | None, limit: int | None):
     """What the run of the source was on, where the command says nothing."""
     from dass.runs import run_settings
@@ -374,43 +374,7 @@ def _inherit(source: str, data: str | None, size: int | None, limit: int | None)
 
 
 def _threads(count: int | None):
+    from dass import arguments
     from dass.timing import threads
 
-    return threads(_at_least_one(count))
-
-
-def _at_least_one(count: int | None) -> int | None:
-    from dass.runs import UserError
-
-    if count is not None and count < 1:
-        raise UserError(f"--threads must be at least 1, got {count}")
-    return count
-
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    return _parse(text, option, int, lambda n: n >= 1, "whole numbers of at least 1, such as 1,16")
-
-
-def _shares(text: str, option: str) -> tuple[float, ...]:
-    return _parse(text, option, float, lambda s: 0 < s < 1, "numbers in (0, 1), such as 0.9,0.95")
-
-
-def _shape(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    commas = text.lower().replace("x", ",")
-    return _parse(commas, "--input", int, lambda n: n >= 1, "sizes such as 3x224x224")
-
-
-def _parse(
-    text: str, option: str, kind: Callable[[str], T], good: Callable[[T], bool], needs: str
-) -> tuple[T, ...]:
-    from dass.runs import UserError
-
-    try:
-        values = tuple(kind(part) for part in text.split(","))
-        if all(good(value) for value in values):
-            return values
-    except ValueError:
-        pass
-    raise UserError(f"{option} must be {needs}, got {text!r}")
+    return threads(arguments.at_least_one(count))

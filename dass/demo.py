@@ -23,15 +23,14 @@ from dass.display import Display, Tell
 from dass.files import load, save
 from dass.latency import (
     TOLERANCE,
-    ResultsDifferError,
     compare_layers,
+    compare_logits,
     compare_networks,
     compare_steps,
     fold_batchnorm,
-    relative_error,
 )
 from dass.pruning import prune
-from dass.runs import RunFolder
+from dass.runs import RunFolder, UserError
 from dass.sources import build_network, count_weights, load_data, plain_bytes
 from dass.timing import machine_facts, threads
 from dass.training import Progress, TrainConfig, evaluate, train
@@ -166,7 +165,14 @@ class _Demo:
 
     @cached_property
     def train_data(self) -> ImageDataset:
-        return load_data(self.settings.data, train=True, size=32, limit=self.settings.images)
+        data = load_data(self.settings.data, train=True, size=32, limit=self.settings.images)
+        begun = self.run.stage("train")
+        if begun and begun["data"] != data.name:
+            raise UserError(
+                f"{self.run.path} was begun on {begun['data']}, and now there is {data.name}: "
+                f"--fresh starts over, --data {begun['data']} --run NAME takes the old images"
+            )
+        return data
 
     @cached_property
     def test_data(self) -> ImageDataset:
@@ -286,7 +292,7 @@ class _Demo:
             chosen, report = sparsify(folded, example, seconds=seconds, num_threads=self.count)
             always, _ = sparsify(folded, None, policy="always")
             rows[label_of(sparsity)] = {
-                **_agreement(plain, {"auto": chosen, "always": always}, self.test_data),
+                **compare_logits(plain, {"auto": chosen, "always": always}, self.test_data),
                 "sparse_layers": sum(row.chosen == "sparse" for row in report.layers),
                 "layers": len(report.layers),
             }
@@ -355,25 +361,6 @@ TITLES = {
 def label_of(sparsity: float) -> str:
     """0.9 -> "90 %"."""
     return f"{100 * sparsity:.4g} %"
-
-
-@torch.inference_mode()
-def _agreement(plain: nn.Module, deployed: Mapping[str, nn.Module], data: ImageDataset) -> dict:
-    """Accuracies, and the largest difference of logits relative to the largest logit."""
-    found: dict[str, list] = {"plain": [], **{name: [] for name in deployed}}
-    labels = []
-    for x, y in Batches(data, 250, shuffle=False):
-        for name, model in (("plain", plain), *deployed.items()):
-            found[name].append(model(x))
-        labels.append(y)
-    logits = {name: torch.cat(parts) for name, parts in found.items()}
-    y = torch.cat(labels)
-    errors = {name: relative_error(logits[name], logits["plain"]) for name in deployed}
-    for name, error in errors.items():
-        if error > TOLERANCE:
-            raise ResultsDifferError(f"sparsify(policy={name!r}): logits differ by {error:.2g}")
-    accuracy = {name: (z.argmax(1) == y).float().mean().item() for name, z in logits.items()}
-    return {"accuracy": accuracy, "error": errors}
 
 
 def _threads_line(result: Mapping) -> str:

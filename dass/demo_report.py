@@ -82,9 +82,10 @@ def _intro(view: _View) -> list[str]:
         "test images; nothing was chosen by them."
     ]
     if train["data"] == "digits":
+        asked = view.settings["data"] == "digits"
         words.append(
-            "CIFAR-10 was not at hand, so these are scikit-learn's 8x8 digits, scaled up: real "
-            "images, but easy ones. The times do not depend on that."
+            f"{'These' if asked else 'CIFAR-10 was not at hand, so these'} are scikit-learn's 8x8 "
+            "digits, scaled up: real images, but easy ones. The times do not depend on that."
         )
     machine = view.machine
     words.append(
@@ -111,19 +112,19 @@ def _figures(view: _View) -> list[tuple[str, str]]:
             f"smaller file at {view.last}: {megabytes(last['file_bytes'])}",
         ),
     ]
-    for kind, what in (("trained", "this ResNet-18"), ("untrained", "")):
+    for kind in ("trained", "untrained"):
         networks = view.networks(kind)
-        if networks:
-            name, best = max(networks, key=lambda n: n[1]["sparse"][view.last]["speedup"])
-            ratio = best["sparse"][view.last]["speedup"]
-            verb = "faster than" if ratio >= 1 else "the speed of"
-            found.append(
-                (
-                    times(ratio),
-                    f"{verb} torch's fastest dense form: {what or name} at {view.last}, "
-                    f"batch {best['input'][0]}, one thread",
-                )
-            )
+        if not networks:
+            continue
+        ratios = [result["sparse"][view.last]["speedup"] for _, result in networks]
+        low, high = times(min(ratios)), times(max(ratios))
+        names = " and ".join(dict.fromkeys(name for name, _ in networks))
+        batches = sorted({result["input"][0] for _, result in networks})
+        words = (
+            f"the speed of torch's fastest dense form: {names} ({kind}) at {view.last} zeros, "
+            f"batch {' and '.join(map(str, batches))}, one thread"
+        )
+        found.append((low if low == high else f"{low} to {high}", words))
     return found
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dass.convert import densify, sparsify
+from dass.data import Batches, ImageDataset
 from dass.nn import SparseConv2d, SparseLinear
 from dass.pruning import attach_masks
 from dass.surgery import evaluating
@@ -27,6 +28,7 @@ from dass.timing import Sample, dense_variants, measure, speedup, threads
 __all__ = [
     "ResultsDifferError",
     "compare_layers",
+    "compare_logits",
     "compare_networks",
     "compare_steps",
     "fold_batchnorm",
@@ -217,6 +219,32 @@ def _check(what: str, got: nn.Module, want: nn.Module, x: Tensor) -> float:
     if error > TOLERANCE:
         raise ResultsDifferError(f"{what}: sparse and dense results differ by {error:.2g}")
     return error
+
+
+@torch.inference_mode()
+def compare_logits(
+    plain: nn.Module, rivals: Mapping[str, nn.Module], images: ImageDataset
+) -> dict[str, dict[str, float]]:
+    """Accuracy ("plain" and each rival) and error (each rival) over all images.
+
+    The error is the largest difference of the logits from the plain ones over the largest logit.
+
+    Raises:
+        ResultsDifferError: an error above 1e-4.
+    """
+    models, labels = {"plain": plain, **rivals}, []
+    logits: dict[str, list[Tensor]] = {name: [] for name in models}
+    for x, y in Batches(images, 250, shuffle=False):
+        for name, model in models.items():
+            logits[name].append(model(x))
+        labels.append(y)
+    whole, y = {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(labels)
+    errors = {name: relative_error(whole[name], whole["plain"]) for name in rivals}
+    for name, error in errors.items():
+        if error > TOLERANCE:
+            raise ResultsDifferError(f"{name}: logits run sparse and dense differ by {error:.2g}")
+    accuracy = {name: (z.argmax(1) == y).float().mean().item() for name, z in whole.items()}
+    return {"accuracy": accuracy, "error": errors}
 
 
 def fold_batchnorm(model: nn.Module, x: Tensor) -> nn.Module:

@@ -33,7 +33,7 @@ _INT32_MAX = 2**31 - 1
 def parse_format(word: str) -> tuple[str, int, int]:
     """Splits a format word into (kind, a, b).
 
-    ``("csr", 1, 1)``, ``("block", R, 1)`` or ``("nm", n, m)``. ``n:m`` by itself is ``("nm", 0, 0)``:
+    ``("csr", 1, 1)``, ``("block", R, 1)`` or ``("nm", n, m)``. ``n:m`` alone is ``("nm", 0, 0)``:
     the numbers are taken from the mask.
 
     Raises:
@@ -165,7 +165,7 @@ class Packed:
         return dataclasses.replace(self, values=values)
 
     def with_groups(self, groups: int) -> Packed:
-        """The same weight for a convolution with ``groups`` groups (the transpose depends on them)."""
+        """The same weight for a convolution with ``groups`` groups (they shape its transpose)."""
         if groups == self.groups:
             return self
         self.validate()
@@ -192,7 +192,7 @@ class Packed:
 
 
 def flat_index(pattern: Tensor) -> Tensor:
-    """Place of each value in the flattened dense weight: int32 ``[stored]``, a view of ``pattern``."""
+    """Place of each value in the flattened dense weight: int32 ``[stored]``, a view."""
     at = int(pattern[_FLAT])
     return pattern[at : at + int(pattern[_ENTRIES]) * int(pattern[_BLOCK])]
 
@@ -459,7 +459,7 @@ def pack(
 
     Args:
         weight: ``[O, I]`` or ``[O, I / groups, kh, kw]``, float32, float64, float16 or bfloat16.
-        mask: bool, shape of ``weight``: True is kept, even if the weight is 0. Default: ``weight != 0``.
+        mask: bool, shape of ``weight``: True is kept, even a weight of 0. Default: ``weight != 0``.
         format: ``"auto"``, ``"csr"`` (or ``"unstructured"``), ``"4x1"``, ``"8x1"``, ``"16x1"``
             (outputs x inputs), ``"2:4"`` or any n:m.
         groups: groups of the convolution the weight is for.

@@ -91,7 +91,7 @@ def _conv2d_backward(ctx, grad):
     x, values, pattern, bias, residual = ctx.saved_tensors
     spec, code = ctx.spec, ctx.spec[-1]
     if code:
-        # The wrapper never fuses where a gradient is asked for; a direct call pays one more forward.
+        # The wrapper never fuses where a gradient is asked for; a direct call pays a forward more.
         spec = [*spec[:-1], 0]
         grad = _activation_grad(grad, _ops.conv2d(x, values, pattern, bias, residual, spec), code)
     dx = dv = db = dr = None
@@ -236,8 +236,8 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
 def _with_float(call, x: Tensor, values: Tensor, bias: Tensor | None, residual=None):
     """Runs ``call`` in a dtype the kernels have, and returns what torch's dense op would.
 
-    Halves are computed in float32 and rounded once. Under autocast every operand may come in its own
-    dtype and the result has autocast's.
+    Halves are computed in float32 and rounded once. Under autocast every operand may come in its
+    own dtype and the result has autocast's.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         out = torch.get_autocast_dtype(x.device.type)

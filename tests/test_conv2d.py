@@ -47,6 +47,18 @@ def test_pointwise_widths(isa, dtype, format):
         check_conv2d(x, weight, mask, format=format)
 
 
+@pytest.mark.parametrize("kernel", [(1, 1), (1, 2)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_tail_of_every_tile(isa, dtype, kernel):
+    """Forward only: all widths up to one tile, so every number of lanes of the last vector."""
+    with torch.no_grad():
+        for pixels in range(1, 8 * lanes(dtype) + 2):
+            x = randn(2, 5, 1, pixels + kernel[1] - 1, dtype=dtype)
+            for outputs, density, format in ((3, 0.5, "csr"), (17, 0.8, "csr"), (9, 0.5, "4x1")):
+                weight, mask = case(5, outputs, kernel, density, format, dtype=dtype)
+                check_conv2d(x, weight, mask, randn(outputs, dtype=dtype), format=format)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_spatial_widths(isa, dtype, format):
@@ -188,7 +200,7 @@ def test_more_channels_than_fit_in_the_first_cache(isa, kernel):
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_epilogue(isa, activation, with_bias, with_residual):
     for dtype in FLOATS:
-        for n, kernel in ((1, (1, 1)), (2, (3, 3)), (lanes(dtype) + 1, (3, 3))):
+        for n, kernel in ((3, (1, 1)), (2, (3, 3)), (lanes(dtype) + 1, (3, 3))):
             weight, mask = case(6, 12, kernel, 0.5, dtype=dtype)
             x = randn(n, 6, 5, 7, dtype=dtype) * 2
             bias = randn(12, dtype=dtype) if with_bias else None

@@ -233,6 +233,15 @@ def test_after_kill_9_the_run_ends_as_the_straight_one(straight, tmp_path, monke
     assert weights(folder) == weights(straight[0])
 
 
+def test_images_that_have_changed_since_are_told(straight, monkeypatch):
+    """CIFAR-10 that could not be had when the run was begun."""
+    data = dataclasses.replace(demo.load_data("digits", train=True), name="cifar10")
+    monkeypatch.setattr(demo, "load_data", lambda *args, **kwargs: data)
+    runs = RunFolder(straight[0], dataclasses.asdict(TINY))
+    with pytest.raises(UserError, match="begun on digits, and now there is cifar10"):
+        demo._Demo(TINY, runs).train_data  # noqa: B018
+
+
 def test_other_settings_are_another_run(straight):
     other = dataclasses.replace(TINY, images=100, seed=1)
     with pytest.raises(UserError, match=r"images 200, not 100; seed 0, not 1.*--fresh"):
@@ -246,15 +255,15 @@ def test_different_logits_stop_the_demo(straight, tmp_path, monkeypatch):
         target = folder / path.relative_to(straight[0])
         target.write_bytes(path.read_bytes())
     (folder / "stages" / "compare-results.json").unlink()
-    monkeypatch.setattr(demo, "relative_error", lambda got, want: 2e-4)
-    with pytest.raises(ResultsDifferError, match="logits differ"):
+    monkeypatch.setattr(latency, "relative_error", lambda got, want: 2e-4)
+    with pytest.raises(ResultsDifferError, match="logits run sparse and dense differ"):
         run(folder)
     assert not (folder / "stages" / "compare-results.json").exists()
 
 
-def test_few_images_are_trained_on_for_more_epochs(straight):
+def test_few_images_are_trained_on_for_more_epochs(straight, tmp_path):
     sizes = dataclasses.replace(TINY, images=10_000)
-    done = demo._Demo(sizes, None)
+    done = demo._Demo(sizes, RunFolder(tmp_path / "demo", {}))
     done.train_data = demo.load_data("digits", train=True)
     assert done.config(5, 0.1).epochs == 20  # four times, at most
     assert straight[1]["stages"]["train"]["epochs"] == TINY.epochs

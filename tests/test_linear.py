@@ -34,6 +34,14 @@ def test_batch_widths(isa, dtype, format):
         check_linear(randn(rows, 13, dtype=dtype), weight, mask, bias, format=format)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_tail_of_every_tile(isa, dtype):
+    """Every number of rows up to a tile of the forward, and of the weight gradient."""
+    weight, mask = random_weight((9, 7), 0.5, dtype=dtype)
+    for rows in range(1, 16 * lanes(dtype) + 2):
+        check_linear(randn(rows, 7, dtype=dtype), weight, mask, randn(9, dtype=dtype))
+
+
 @pytest.mark.parametrize("features", [1, 15, 16, 17, 31, 32, 33, 64, 255, 257])
 @pytest.mark.parametrize("outputs", [1, 3, 4, 5, 16, 255, 256, 257, 513])
 def test_feature_counts(isa, features, outputs):
