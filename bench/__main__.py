@@ -2,7 +2,7 @@
 
     python -m bench [arguments of bench.figures]      e.g. --group conv1x1 --rounds 9 --isa avx2
 
-About six minutes on a quiet machine. Whole networks take as long again: ``--group sparsify``.
+Several minutes. Whole networks take as long again and are left out: ``--group sparsify``.
 """
 
 from pathlib import Path

@@ -178,7 +178,7 @@ class Problem:
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
     if "row" in metafunc.fixturenames:
-        metafunc.parametrize("row", table(option("full")), ids=str)
+        metafunc.parametrize("row", list(table(option("full"))), ids=str)
     if "matrix" in metafunc.fixturenames:
         place = cases.dlmc_path(option("dlmc"))
         sparsities = cases.SPARSITIES if option("full") else (0.9,)

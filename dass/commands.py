@@ -23,7 +23,7 @@ from dass.sources import (
     load_model,
     plain_bytes,
 )
-from dass.tables import curves, megabytes, percent, times
+from dass.tables import count_of, curves, megabytes, percent, times
 from dass.training import Progress, TrainConfig, evaluate, train
 
 __all__ = ["prune_run", "train_run"]
@@ -69,7 +69,8 @@ def train_run(
     return Report(
         f"dass train: {network} on {result['data']}",
         [
-            f"{result['images']:,} images, {config.epochs} epochs in {result['seconds']:.0f} s; "
+            f"{result['images']:,} images, {count_of(config.epochs, 'epoch')} in "
+            f"{result['seconds']:.0f} s; "
             f"{result['weights']:,} weights, {megabytes(result['file_bytes'])} on disk."
         ],
         [(percent(result["accuracy"]), f"of {result['test_images']:,} test images right")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from dass.demo import EXCLUDE, EXCLUDE_UNTRAINED
@@ -30,8 +31,10 @@ HOW_TIMED = (
     "frozen with optimize_for_inference (oneDNN), and weights and activations prepacked by "
     "to_mkldnn; input conversions are not counted against it. The sparse side takes NCHW. "
     "Spread is the distance of the quartiles over the median, the largest of the row.",
-    "In whole networks BatchNorm is folded into the convolutions on both sides, and "
-    "dass.sparsify(policy='auto') runs a layer sparse only where it measured that to be faster.",
+    "In whole networks BatchNorm is folded into the convolutions on both sides. "
+    "dass.sparsify(policy='auto') runs a layer sparse only where it measured that to be faster "
+    "than the same layer dense in the model as it is, in eager mode and NCHW. A ratio below 1 in "
+    "these tables means that another dense form, such as the frozen one, is the better choice.",
 )
 
 
@@ -68,7 +71,8 @@ class _View:
         return ((n, self.stages[n]) for n, found in self._kinds.items() if found == kind)
 
     def networks(self, kind: str) -> list[tuple[str, Mapping]]:
-        return [(name.partition(",")[0], r["network"]) for name, r in self.of(kind)]
+        """(name without pixels and batch, result of `compare_networks`)."""
+        return [(re.split(" at |,", name)[0], r["network"]) for name, r in self.of(kind)]
 
 
 def _intro(view: _View) -> list[str]:
@@ -122,18 +126,20 @@ def _figures(view: _View) -> list[tuple[str, str]]:
         batches = sorted({result["input"][0] for _, result in networks})
         words = (
             f"the speed of torch's fastest dense form: {names} ({kind}) at {view.last} zeros, "
-            f"batch {' and '.join(map(str, batches))}, one thread"
+            f"batch {', '.join(map(str, batches))}, one thread"
         )
         found.append((low if low == high else f"{low} to {high}", words))
     return found
 
 
 def _accuracy(view: _View) -> Section:
-    columns = ("network", "accuracy", "before fine-tuning", "nonzeros", "zeros", "file", "smaller")
+    columns = ("network", "epochs", "accuracy", "before tuning", "nonzeros", "zeros", "file",
+               "smaller")  # fmt: skip
     train = view.train
     rows = [
         (
             "dense",
+            str(train["epochs"]),
             percent(train["accuracy"]),
             "-",
             f"{train['nonzeros']:,}",
@@ -143,10 +149,13 @@ def _accuracy(view: _View) -> Section:
         )
     ]
     points = [(train["nonzeros"], 100 * train["accuracy"])]
+    epochs = train["epochs"]
     for label, result in view.pruned.items():
+        epochs += result["epochs"]
         rows.append(
             (
                 f"pruned {label}",
+                str(epochs),
                 percent(result["accuracy"]),
                 percent(result["before_finetuning"]),
                 f"{result['nonzeros']:,}",
@@ -169,8 +178,10 @@ def _accuracy(view: _View) -> Section:
         least_y=10.0,
     )
     text = (
-        "Nonzeros are of all convolutions and linear layers, those left dense included. Files: "
-        "dass.save for the pruned networks, the state dict in safetensors for the dense one.",
+        "Epochs are counted from the start: each pruned network goes on from the one above it and "
+        "so has had more of them. Nonzeros are of all convolutions and linear layers, those left "
+        "dense included. Files: dass.save for the pruned networks, the state dict in safetensors "
+        "for the dense one.",
     )
     items = [Table(columns, rows), plot, curves(histories, "Training and fine-tuning")]
     return Section("Accuracy and size", text, items)

@@ -136,11 +136,11 @@ BAD_OPS = [
     ("conv2d", (IMAGE, V, P, None, None, spec(0, 7)), "the pattern is of 6 outputs and 9 taps"),
     ("conv2d", (IMAGE, V, P, None, None, spec(1, 2)), "the pattern is of 6 outputs and 9 taps"),
     ("conv2d", (IMAGE, V, P, None, None, spec(3, 0)), "stride and dilation must be positive"),
-    ("conv2d", (IMAGE, V, P, None, None, spec(6, -1)), "padding must not be negative"),
-    ("conv2d", (IMAGE, V, P, None, None, spec(9, -1)), "stride and dilation must be positive"),
+    ("conv2d", (IMAGE, V, P, None, None, spec(6, -1)), "padding .* must be in .* got -1"),
+    ("conv2d", (IMAGE, V, P, None, None, spec(9, -1)), "dilation must be in .* got -1"),
     ("conv2d", (IMAGE, V, P, None, None, spec(11, 4)), "unknown activation code 4"),
-    ("conv2d", (IMAGE, V, P, None, None, spec(11, -1)), "unknown activation code -1"),
-    ("conv2d", (IMAGE, V, P, None, None, spec(11, 2**32)), "unknown activation code"),
+    ("conv2d", (IMAGE, V, P, None, None, spec(11, -1)), "must be in .* got -1"),
+    ("conv2d", (IMAGE, V, P, None, None, spec(11, 2**32)), "must be in .* got 4294967296"),
     ("conv2d_dx", (GRAD[:, :5], V, P, SPEC, 4, 5, 5), "grad must have the shape of the output"),
     ("conv2d_dx", (GRAD, V, P, SPEC, 4, 6, 5), "grad must have the shape of the output"),
     ("conv2d_dx", (GRAD, V, P, SPEC, 3, 5, 5), "input has 3 channels, expected 4"),
@@ -191,7 +191,6 @@ def test_huge_integers_raise_instead_of_overflowing(changed):
         dk.conv2d(IMAGE, CONV, **changed)
 
 
-@pytest.mark.xfail(strict=True, reason="read_spec multiplies dilation and kernel in 64 bits")
 def test_ops_refuse_what_overflows_64_bits():
     """2 * (2^63 - 1) is -2: the kernel would read outside the image. In a process of its own."""
     code = (
@@ -214,22 +213,16 @@ LANES_SPEC = dk.conv_spec((6, 4, 3, 3), 1, 0, 1)
     [
         (lambda n: randn(2, 4, 5, 5, n), {3: 2}, "stride must be 1"),
         (lambda n: randn(2, 4, 5, 5, n), {5: 1}, "padding part of the input"),
-        pytest.param(
-            lambda n: randn(2, 4, 5, 5, n),
-            {6: 2, 8: 2},
-            "padding part of the input",
-            marks=pytest.mark.xfail(strict=True, reason="reads below and right of the input"),
-        ),
+        (lambda n: randn(2, 4, 5, 5, n), {6: 2, 8: 2}, "padding part of the input"),
         (lambda n: randn(2, 4, 5, 5, n + 1), {}, "the last dimension must be"),
         (lambda n: randn(2, 4, 5, 5), {}, "input must be"),
         (lambda n: randn(2, 4, 5, n, 5).transpose(3, 4), {}, "with contiguous planes"),
-        pytest.param(
+        (
             lambda n: torch.zeros(9999).as_strided(
                 (2, 4, 5, 5, n), (4 * (25 * n + 1), 25 * n + 1, 5 * n, n, 1)
             ),
             {},
             "input must be",
-            marks=pytest.mark.xfail(strict=True, reason="channels a part of a register apart"),
         ),
     ],
 )

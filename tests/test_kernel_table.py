@@ -109,7 +109,7 @@ def exercise_all(isa: str) -> int:
 
 @pytest.mark.usefixtures("poisoned", "one_thread")
 def test_every_kernel_of_the_table_is_right(isa):
-    assert exercise_all(isa) > 100
+    assert exercise_all(isa) == dk.build_info()["kernels"][isa] > 0
 
 
 def test_the_table_describes_itself(isa):

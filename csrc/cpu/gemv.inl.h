@@ -30,7 +30,8 @@ DASS_INLINE void gemv_rows(const GemvTile<float>& t, int64_t row) {
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       const __mmask16 m = bits[r][w];
-      acc[r] = _mm512_fmadd_ps(_mm512_maskz_expandloadu_ps(m, p[r]), xs, acc[r]);
+      // Masked, so that NaN or infinity in x does not meet the zeros between the weights.
+      acc[r] = _mm512_mask3_fmadd_ps(_mm512_maskz_expandloadu_ps(m, p[r]), xs, acc[r], m);
       p[r] += __builtin_popcount(m);
     }
   }

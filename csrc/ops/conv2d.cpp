@@ -11,6 +11,10 @@ Shape read_spec(const std::vector<int64_t>& spec, int64_t n, int64_t c, int64_t 
                 const char* op) {
   STD_TORCH_CHECK(spec.size() == kSpecWords, op, ": spec must have ", static_cast<int>(kSpecWords), " integers, got ",
                   spec.size());
+  const char* names[] = {"outputs", "kernel",  "kernel",  "stride",   "stride",   "padding",
+                         "padding", "padding", "padding", "dilation", "dilation", "activation"};
+  for (int i = 0; i < kSpecWords; ++i)
+    STD_TORCH_CHECK(spec[i] >= 0 && spec[i] <= INT32_MAX, op, ": ", names[i], " must be in [0, 2^31), got ", spec[i]);
   Shape s{};
   s.n = n;
   s.c = c;
@@ -26,8 +30,6 @@ Shape read_spec(const std::vector<int64_t>& spec, int64_t n, int64_t c, int64_t 
   s.dh = spec[kSpecDilationH];
   s.dw = spec[kSpecDilationW];
   STD_TORCH_CHECK(s.sh > 0 && s.sw > 0 && s.dh > 0 && s.dw > 0, op, ": stride and dilation must be positive");
-  STD_TORCH_CHECK(s.pt >= 0 && s.pl >= 0 && spec[kSpecPadBottom] >= 0 && spec[kSpecPadRight] >= 0, op,
-                  ": padding must not be negative");
   STD_TORCH_CHECK(s.o == p.outputs && s.kh * s.kw == p.taps, op, ": the pattern is of ", p.outputs, " outputs and ",
                   p.taps, " taps, the spec of ", s.o, " outputs and ", s.kh, " x ", s.kw, " taps");
   STD_TORCH_CHECK(c == p.channels(), op, ": input has ", c, " channels, expected ", p.channels());
@@ -105,9 +107,11 @@ Tensor conv2d_lanes(const Tensor& x, const Tensor& values, const Tensor& pattern
   check_bias(bias, p, dtype, op);
   STD_TORCH_CHECK(x.dim() == 5 && x.stride(4) == 1 && x.stride(3) == x.size(4) && x.stride(2) == x.size(3) * x.size(4),
                   op, ": input must be (N, C, H, W, lanes) with contiguous planes");
+  STD_TORCH_CHECK(x.stride(1) % x.size(4) == 0, op, ": input must be whole registers from channel to channel");
   const Shape s = read_spec(spec, x.size(0), x.size(1), x.size(2), x.size(3), p, op);
-  STD_TORCH_CHECK(s.sh == 1 && s.sw == 1 && s.pt == 0 && s.pl == 0, op,
-                  ": stride must be 1 and padding part of the input");
+  STD_TORCH_CHECK(s.sh == 1 && s.sw == 1, op, ": stride must be 1");
+  STD_TORCH_CHECK(s.pt == 0 && s.pl == 0 && spec[kSpecPadBottom] == 0 && spec[kSpecPadRight] == 0, op,
+                  ": padding part of the input, so 0 here");
   STD_TORCH_CHECK(s.c / p.groups * x.stride(1) <= INT32_MAX, op, ": one image group is too large");
   const Activation act = check_activation(spec[kSpecActivation], op);
   const Tensor vc = dense(values);
