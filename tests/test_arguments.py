@@ -136,7 +136,7 @@ BAD_OPS = [
     ("conv2d", (IMAGE, V, P, None, None, spec(0, 7)), "the pattern is of 6 outputs and 9 taps"),
     ("conv2d", (IMAGE, V, P, None, None, spec(1, 2)), "the pattern is of 6 outputs and 9 taps"),
     ("conv2d", (IMAGE, V, P, None, None, spec(3, 0)), "stride and dilation must be positive"),
-    ("conv2d", (IMAGE, V, P, None, None, spec(6, -1)), "padding .* must be in .* got -1"),
+    ("conv2d", (IMAGE, V, P, None, None, spec(6, -1)), "padding must be in .* got -1"),
     ("conv2d", (IMAGE, V, P, None, None, spec(9, -1)), "dilation must be in .* got -1"),
     ("conv2d", (IMAGE, V, P, None, None, spec(11, 4)), "unknown activation code 4"),
     ("conv2d", (IMAGE, V, P, None, None, spec(11, -1)), "must be in .* got -1"),
