@@ -14,6 +14,20 @@ inline int64_t input_row(const Shape& s, int64_t padded_row) {
   return iy / s.uh < s.h ? iy / s.uh : -1;
 }
 
+// Calls fn(j, ix) for every column j < p.stride of phase b that holds input column ix; the others are
+// zeros. Either the input is strided or it has zeros put in, never both.
+template <class Fn>
+void for_columns(const Shape& s, const Plane& p, int64_t b, const Fn& fn) {
+  if (s.uw == 1) {
+    const int64_t first = std::max<int64_t>(0, ceil_div(s.pl - b, s.sw));
+    const int64_t last = std::min(p.stride, ceil_div(s.w + s.pl - b, s.sw));
+    for (int64_t j = first, ix = first * s.sw + b - s.pl; j < last; ++j, ix += s.sw) fn(j, ix);
+  } else {
+    const int64_t first = std::max<int64_t>(0, ceil_div(-s.pl, s.uw));
+    for (int64_t ix = first, j = first * s.uw + s.pl; ix < s.w && j < p.stride; ++ix, j += s.uw) fn(j, ix);
+  }
+}
+
 // One row of one phase: dst[j] = padded[j * sw + b], j < p.stride.
 template <class T>
 void pack_row(const Shape& s, const Plane& p, int64_t b, const T* src, T* dst) {
@@ -26,11 +40,8 @@ void pack_row(const Shape& s, const Plane& p, int64_t b, const T* src, T* dst) {
     for (int64_t j = left + count; j < p.stride; ++j) dst[j] = T(0);
     return;
   }
-  for (int64_t j = 0; j < p.stride; ++j) {
-    const int64_t ix = j * s.sw + b - s.pl;
-    const bool inside = ix >= 0 && ix % s.uw == 0 && ix / s.uw < s.w;
-    dst[j] = inside ? src[ix / s.uw] : T(0);
-  }
+  std::memset(dst, 0, p.stride * sizeof(T));
+  for_columns(s, p, b, [&](int64_t j, int64_t ix) { dst[j] = src[ix]; });
 }
 
 // Channels [0, channels) of one image, output rows [oy0, oy0 + p.rows).
@@ -75,14 +86,9 @@ void pack_lanes(const Kernels<T>& k, const Shape& s, const Plane& p, int64_t cha
           continue;
         }
         k.transpose(src, image, row, lanes, lanes, s.w);
-        for (int64_t j = 0; j < p.stride; ++j) {
-          const int64_t ix = j * s.sw + b - s.pl;
-          const bool inside = ix >= 0 && ix % s.uw == 0 && ix / s.uw < s.w;
-          if (inside)
-            std::memcpy(base + j * lanes, row + ix / s.uw * lanes, lanes * sizeof(T));
-          else
-            std::memset(base + j * lanes, 0, lanes * sizeof(T));
-        }
+        std::memset(base, 0, p.stride * lanes * sizeof(T));
+        for_columns(s, p, b,
+                    [&](int64_t j, int64_t ix) { std::memcpy(base + j * lanes, row + ix * lanes, lanes * sizeof(T)); });
       }
     }
   }

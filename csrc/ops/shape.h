@@ -50,7 +50,8 @@ struct Plane {
   std::vector<std::pair<int, int>> phases;  // those that some tap reads
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Rounds up, for any a and b > 0.
+inline int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a - 1) / b + 1 : -(-a / b); }
 
 // `shared`: the zeros right of a row serve as those left of the next (flat tiles run across rows).
 // `slack`: elements a tile may read past its last column. `bytes`: size of an element, all lanes.
