@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dass_kernels
@@ -57,29 +56,14 @@ def layer_contest(
     )
 
 
-def to_lanes(x: Tensor, lanes: int, padding: int) -> Tensor:
-    """(N, C, H, W) as (N / lanes, C, H + 2 padding, W + 2 padding, lanes), contiguous."""
-    x = F.pad(x, [padding] * 4)
-    return x.unflatten(0, (-1, lanes)).permute(0, 2, 3, 4, 1).contiguous()
-
-
-def from_lanes(y: Tensor) -> Tensor:
-    """The inverse of :func:`to_lanes` without padding: (N, C, H, W)."""
-    return y.permute(0, 4, 1, 2, 3).flatten(0, 1)
-
-
 def lanes_entry(sparse: nn.Module, x: Tensor) -> Entry:
     """The kernel on input and output in its own layout, conversions not counted."""
-    if not hasattr(torch.ops.dass, "conv2d_lanes"):
-        raise NotAvailable("the op dass::conv2d_lanes is not in this build")
-    lanes = dass_kernels._C.lanes(dass_kernels.active_isa())
+    lanes = dass_kernels.register_lanes()
     if x.size(0) % lanes:
         raise NotAvailable(f"own layout: batches must be multiples of {lanes}")
-    packed = packed_constant(sparse)
-    spec = dass_kernels.conv_spec(packed.shape, sparse.stride, 0, sparse.dilation)
-    blocked, bias = to_lanes(x, lanes, sparse.padding[0]), sparse.bias.detach()
-    op = torch.ops.dass.conv2d_lanes.default
-    return Entry(lambda: op(blocked, packed.values, packed.pattern, bias, spec), from_lanes)
+    packed, bias = packed_constant(sparse), sparse.bias.detach()
+    inside = dass_kernels.to_lanes(x, sparse.padding)
+    return Entry(lambda: dass_kernels.conv2d_lanes(inside, packed, bias), dass_kernels.from_lanes)
 
 
 def conv1x1(sparsities: Iterable[float]) -> Iterator[Contest]:

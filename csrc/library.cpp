@@ -49,7 +49,8 @@ void add_kernels(pybind11::list& rows, const dass::Kernels<T>& k, const std::str
     for (int s = 0; s < dass::kBlockSizes; ++s)
       for (int v = 0; v < dass::kMaxVectors; ++v)
         if (k.spmm[a][s][v]) add("spmm" + how, formats[s], sizes[s], v + 1);
-    for (int v = 0; v < k.max_vectors[0]; ++v) add("spmm_blocked" + how, "csr", 1, v + 1);
+    for (int v = 0; v < dass::kMaxVectors; ++v)
+      if (k.blocked[a][v]) add("spmm_blocked" + how, "csr", 1, v + 1);
     for (int v = 0; v < k.max_sddmm; ++v) add("sddmm" + how, "csr", 1, v + 1);
   }
   if (k.gemv) add("gemv", "bits", 1, 0);

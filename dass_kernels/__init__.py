@@ -11,6 +11,7 @@ import torch  # noqa: F401  loads the libraries that _C links against
 from . import _C  # isort: skip
 from .build import active_isa, available_isas, build_info, set_isa
 from .formats import Packed, build_pattern, choose_format, flat_index, pack
+from .lanes import conv2d_lanes, from_lanes, register_lanes, to_lanes
 from .ops import conv2d, conv2d_values, conv_spec, linear, linear_values, spmm
 
 __version__ = _C.__version__
@@ -22,14 +23,18 @@ __all__ = [
     "build_pattern",
     "choose_format",
     "conv2d",
+    "conv2d_lanes",
     "conv2d_values",
     "conv_spec",
     "flat_index",
+    "from_lanes",
     "linear",
     "linear_values",
     "pack",
+    "register_lanes",
     "set_isa",
     "spmm",
+    "to_lanes",
 ]
 
 active_isa()  # an unknown DASS_ISA is an error here, not at the first call

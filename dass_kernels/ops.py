@@ -38,6 +38,14 @@ def _(x, values, pattern, bias, residual, spec):
     return x.new_empty((x.size(0), out, oh, ow))
 
 
+@torch.library.register_fake("dass::conv2d_lanes")
+def _(x, values, pattern, bias, spec):
+    out, kh, kw, _, _, _, _, _, _, dh, dw, _ = spec
+    oh = _out_size(x.size(2), kh, 1, 0, 0, dh)
+    ow = _out_size(x.size(3), kw, 1, 0, 0, dw)
+    return x.new_empty((x.size(0), out, oh, ow, x.size(4)))
+
+
 @torch.library.register_fake("dass::conv2d_dx")
 def _(grad, values, pattern, spec, c, h, w):
     return grad.new_empty((grad.size(0), c, h, w))

@@ -130,13 +130,6 @@ def test_contestants_agree(name):
     json.dumps(row)
 
 
-def test_lanes_round_trip():
-    x = torch.randn(32, 3, 4, 5)
-    assert torch.equal(inference.from_lanes(inference.to_lanes(x, 16, 0)), x)
-    padded = inference.to_lanes(x, 16, 1)
-    assert padded.shape == (2, 3, 6, 7, 16) and padded[:, :, 0].abs().max() == 0
-
-
 def test_layer_baselines_are_every_way_torch_has():
     names = CONTESTS["conv"]().baselines["dense"]
     assert {"nchw", "channels_last", "frozen"} <= set(names)

@@ -61,7 +61,7 @@ def planes_with_gaps(info):
     for height in range(1, 40):
         for width in range(1, info.pixels + 1):
             flat = -(-(height * (width + 1) - 1) // count)
-            if flat == vectors and -(-height * width // count) < 16:
+            if flat == vectors and -(-height * width // count) < 17:
                 return height, width
     raise AssertionError(f"no plane for {info.name}")
 
@@ -70,7 +70,7 @@ def exercise(info: testing.KernelInfo) -> None:
     """Checks a shape whose dispatch, forward or backward, reaches this kernel of the active ISA."""
     wide = CHANNEL_BLOCK_BYTES // (info.pixels * info.dtype.itemsize) + 5 if info.pixels else 0
     vectors = info.pixels // lanes(info.dtype)
-    many = 16 + 16 // vectors if vectors else 0  # enough vectors to resolve every entry first
+    many = 17 + 17 // vectors if vectors else 0  # enough vectors to resolve every entry first
     if info.op == "spmm":
         conv_1x1(info)
     elif info.op == "spmm_table":
@@ -89,7 +89,7 @@ def exercise(info: testing.KernelInfo) -> None:
         height, width = planes_with_gaps(info)
         conv_1x3(info, 1, height=height, width=width)
     elif info.op == "sddmm_direct":
-        conv_1x3(info, lanes(info.dtype), height=16, width=vectors)
+        conv_1x3(info, lanes(info.dtype), height=17, width=vectors)
     elif info.op == "gemv":
         matrix(info, 1)
     else:

@@ -14,7 +14,7 @@ namespace DASS_ISA_NAME {
 // without any of these and for tests: few widths, so that they compile fast.
 #if defined(DASS_ISA_AVX512) || defined(DASS_ISA_NEON)
 constexpr int kPass4 = 4, kPass8 = 8, kPass16 = 8;
-constexpr int kWide[kBlockSizes] = {8, 6, 3, 3};
+constexpr int kWide[kBlockSizes] = {16, 6, 3, 3};
 constexpr int kWideSddmm = 16;
 #elif defined(DASS_ISA_AVX2)
 constexpr int kPass4 = 4, kPass8 = 4, kPass16 = 4;
@@ -28,7 +28,7 @@ constexpr int kWideSddmm = 3;
 
 template <class T, int Slot, int V, int A>
 constexpr SpmmFn<T> spmm_fn() {
-  if constexpr (V > kWide[Slot])
+  if constexpr (V > kWide[Slot] || (A == kPitch && V > kRunVectors))
     return nullptr;
   else if constexpr (Slot == 0)
     return &spmm_csr<T, V, A>;
@@ -46,7 +46,7 @@ constexpr void fill_spmm(Kernels<T>& k) {
   k.spmm[A][1][V - 1] = spmm_fn<T, 1, V, A>();
   k.spmm[A][2][V - 1] = spmm_fn<T, 2, V, A>();
   k.spmm[A][3][V - 1] = spmm_fn<T, 3, V, A>();
-  if constexpr (V <= kWide[0]) k.blocked[A][V - 1] = &spmm_csr_blocked<T, V, A>;
+  if constexpr (V <= kWide[0] && (A != kPitch || V <= kRunVectors)) k.blocked[A][V - 1] = &spmm_csr_blocked<T, V, A>;
   if constexpr (V > 1) fill_spmm<T, A, V - 1>(k);
 }
 

@@ -34,6 +34,9 @@ struct SpmmTile {
   int64_t ldy;
   const T* bias;      // by output row, or null
   const T* residual;  // laid out like y, or null
+  // Tiles of more than kRunVectors vectors are two runs of pixels, the first with the odd vector: the
+  // second run starts this many elements after the first.
+  int64_t gap;
   // Vector v keeps the lanes in masks[v] and stores them at outs[v]. With `masks` null, vector v is
   // stored at v * lanes, whole but for the last one, of which `tail` lanes are kept.
   const uint32_t* masks;
@@ -93,9 +96,12 @@ using GemvFn = void (*)(const GemvTile<T>&);
 template <class T>
 using TransposeFn = void (*)(const T* src, int64_t lds, T* dst, int64_t ldd, int64_t rows, int64_t cols);
 
-constexpr int kMaxVectors = 8;        // widest spmm tile, in vectors
+constexpr int kMaxVectors = 16;       // widest spmm tile, in vectors
 constexpr int kMaxSddmmVectors = 16;  // widest sddmm tile, in vectors
+constexpr int kRunVectors = 8;        // wider tiles are two runs
 constexpr int kBlockSizes = 4;        // index into spmm[]: R = 1, 4, 8, 16
+
+constexpr int first_run(int vectors) { return vectors > kRunVectors ? (vectors + 1) / 2 : vectors; }
 
 constexpr int block_slot(int64_t block) { return block == 1 ? 0 : block == 4 ? 1 : block == 8 ? 2 : 3; }
 

@@ -44,7 +44,7 @@ DASS_INLINE void store_row(const SpmmTile<T>& t, const Vec<T>* acc, int64_t row)
   T* y = t.y + row * t.ldy;
   const T* residual = t.residual ? t.residual + row * t.ldy : nullptr;
   if (t.masks) {
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int v = 0; v < V; ++v) {
       const uint32_t mask = t.masks[v];
       const int n = __builtin_popcount(mask);
@@ -57,7 +57,7 @@ DASS_INLINE void store_row(const SpmmTile<T>& t, const Vec<T>* acc, int64_t row)
     }
     return;
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int v = 0; v < V - 1; ++v)
     finish<T>(acc[v], lanes, y + v * lanes, residual ? residual + v * lanes : nullptr, t.activation);
   constexpr int last = (V - 1) * lanes;
@@ -77,21 +77,27 @@ DASS_INLINE const T* column(const T* x, const int32_t* offsets, int64_t pitch, i
 // side by side: eight sums in flight keep the units busy (V = 1: 3.4 -> 1.3 cycles an entry).
 constexpr int chains(int vectors) { return vectors >= 5 ? 1 : vectors >= 3 ? 2 : 4; }
 
+// Vector v of a column's pixels.
+template <class T, int V>
+DASS_INLINE Vec<T> pixels(const T* p, int64_t gap, int v) {
+  constexpr int lanes = Vec<T>::lanes, run = first_run(V);
+  return Vec<T>::load(v < run ? p + v * lanes : p + gap + (v - run) * lanes);
+}
+
 // acc += entries [i, end) times their columns. `more(i)` says whether entry i belongs to this call.
 template <class T, int V, int A, class More>
 DASS_INLINE int32_t accumulate(const SpmmTile<T>& t, Vec<T>* acc, int32_t i, int32_t end, More more) {
-  constexpr int lanes = Vec<T>::lanes;
   constexpr int N = chains(V);
   const T* const x = t.x;
   const T* const values = t.values;
   const int32_t* const indices = t.indices;
   const int32_t* const offsets = t.offsets;
-  const int64_t pitch = t.pitch;
+  const int64_t pitch = t.pitch, gap = t.gap;
   if constexpr (N > 1) {
     Vec<T> side[N - 1][V];
 #pragma GCC unroll 4
     for (int n = 0; n < N - 1; ++n)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int v = 0; v < V; ++v) side[n][v] = Vec<T>::zero();
     for (; i + N <= end && more(i + N - 1); i += N) {
 #pragma GCC unroll 4
@@ -99,20 +105,20 @@ DASS_INLINE int32_t accumulate(const SpmmTile<T>& t, Vec<T>* acc, int32_t i, int
         const T* p = column<T, A>(x, offsets, pitch, indices[i + n]);
         const Vec<T> w = Vec<T>::set1(values[i + n]);
         Vec<T>* sum = n ? side[n - 1] : acc;
-#pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) sum[v].fma(w, Vec<T>::load(p + v * lanes));
+#pragma GCC unroll 32
+        for (int v = 0; v < V; ++v) sum[v].fma(w, pixels<T, V>(p, gap, v));
       }
     }
 #pragma GCC unroll 4
     for (int n = 0; n < N - 1; ++n)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int v = 0; v < V; ++v) acc[v] = acc[v] + side[n][v];
   }
   for (; i < end && more(i); ++i) {
     const T* p = column<T, A>(x, offsets, pitch, indices[i]);
     const Vec<T> w = Vec<T>::set1(values[i]);
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) acc[v].fma(w, Vec<T>::load(p + v * lanes));
+#pragma GCC unroll 32
+    for (int v = 0; v < V; ++v) acc[v].fma(w, pixels<T, V>(p, gap, v));
   }
   return i;
 }
@@ -122,7 +128,7 @@ void spmm_csr(const SpmmTile<T>& t) {
   for (int64_t row = t.row_begin; row < t.row_end; ++row) {
     Vec<T> acc[V];
     const Vec<T> start = t.bias ? Vec<T>::set1(t.bias[row]) : Vec<T>::zero();
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int v = 0; v < V; ++v) acc[v] = start;
     accumulate<T, V, A>(t, acc, t.indptr[row], t.indptr[row + 1], [](int32_t) { return true; });
     store_row<T, V>(t, acc, row);
@@ -141,10 +147,10 @@ void spmm_csr_blocked(const SpmmTile<T>& t) {
     T* const partial = t.partial + (row - t.row_begin) * V * lanes;
     if (t.first) {
       const Vec<T> start = t.bias ? Vec<T>::set1(t.bias[row]) : Vec<T>::zero();
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int v = 0; v < V; ++v) acc[v] = start;
     } else {
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int v = 0; v < V; ++v) acc[v] = Vec<T>::load(partial + v * lanes);
     }
     const int32_t begin = t.first ? t.indptr[row] : t.cursors[row - t.row_begin];
@@ -154,7 +160,7 @@ void spmm_csr_blocked(const SpmmTile<T>& t) {
       store_row<T, V>(t, acc, row);
     } else {
       t.cursors[row - t.row_begin] = i;
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int v = 0; v < V; ++v) acc[v].store(partial + v * lanes);
     }
   }
@@ -172,27 +178,27 @@ void spmm_block(const SpmmTile<T>& t) {
       const int64_t row0 = block * R + pass;
       if (row0 >= t.outputs) break;
       Vec<T> acc[Pass][V];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int r = 0; r < Pass; ++r) {
         const int64_t row = row0 + r < t.outputs ? row0 + r : row0;
         const Vec<T> start = t.bias ? Vec<T>::set1(t.bias[row]) : Vec<T>::zero();
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int v = 0; v < V; ++v) acc[r][v] = start;
       }
       for (int32_t i = begin; i < end; ++i) {
         const T* p = column<T, A>(t.x, t.offsets, t.pitch, t.indices[i]);
         const T* w = t.values + static_cast<int64_t>(i) * R + pass;
         Vec<T> xs[V];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int v = 0; v < V; ++v) xs[v] = Vec<T>::load(p + v * lanes);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int r = 0; r < Pass; ++r) {
           const Vec<T> wr = Vec<T>::set1(w[r]);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
           for (int v = 0; v < V; ++v) acc[r][v].fma(wr, xs[v]);
         }
       }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int r = 0; r < Pass; ++r)
         if (row0 + r < t.outputs) store_row<T, V>(t, acc[r], row0 + r);
     }

@@ -21,14 +21,13 @@ struct Epilogue {
 // Copying a tile costs about as much as reading each of its columns five times in place.
 constexpr double kReusePack = 5.5;
 // Bytes of panel that should stay in L2 while all rows pass over it.
-constexpr int64_t kPlaneBudget = 1 << 20;
+constexpr int64_t kPlaneBudget = 448 << 10;
 constexpr int64_t kLanesBudget = 3 << 19;
 
 template <class T>
 SpmmTile<T> make_tile(const Matrix<T>& m, const Epilogue<T>& e) {
   SpmmTile<T> t{};
   t.values = m.values;
-  t.indices = m.indices;
   t.indptr = m.indptr;
   t.outputs = m.outputs;
   t.bias = e.bias;
@@ -47,50 +46,32 @@ void set_rows(SpmmTile<T>& t, const Matrix<T>& m, int64_t group, int64_t first, 
 
 // Channels per column block, so that what one tile reads of them stays in L1 next to the weights; all
 // of them if a row would then meet too few nonzeros of a block to pay for passing its sums on.
-constexpr int64_t kL1Budget = 36 << 10;
-constexpr double kBlockNonzeros = 8.0;
+constexpr int64_t kL1Budget = 44 << 10;
+// With the batch innermost a tile reads whole aligned lines, and what spills to L2 comes back in time.
+constexpr int64_t kL1LanesBudget = 64 << 10;
+constexpr double kBlockNonzeros = 12.0;
 
 template <class T>
-int64_t block_channels(const Matrix<T>& m, int64_t bytes_per_channel) {
+int64_t block_channels(const Matrix<T>& m, int64_t bytes_per_channel, int64_t budget = kL1Budget) {
   const int64_t channels = m.channels();
   if (m.block > 1 || channels == 0 || m.block_rows == 0) return channels;
   const double row = static_cast<double>(m.indptr[m.block_rows]) / m.block_rows;
-  const int64_t fit = std::max<int64_t>(1, kL1Budget / std::max<int64_t>(1, bytes_per_channel));
+  const int64_t fit = std::max<int64_t>(1, budget / std::max<int64_t>(1, bytes_per_channel));
   const int64_t least =
       static_cast<int64_t>(std::min<double>(channels, std::max(1.0, kBlockNonzeros * channels / std::max(row, 1e-9))));
   const int64_t block = std::max(fit, least);
   return block >= channels ? channels : ceil_div(channels, ceil_div(channels, block));
 }
 
-// Runs one tile, in column blocks of `block` channels if that is fewer than all; a channel's indices
-// span `channel`.
-template <class T>
-void run_tile(SpmmTile<T> t, const Matrix<T>& m, int64_t block, int64_t vectors, int lanes, SpmmFn<T> whole,
-              SpmmFn<T> part, int64_t channel) {
-  if (block >= m.channels() || t.row_begin == t.row_end) {
-    whole(t);
-    return;
-  }
-  const int64_t rows = t.row_end - t.row_begin;
-  t.partial = buffer(kPartial).get<T>(rows * vectors * lanes);
-  t.cursors = buffer(kCursors).get<int32_t>(rows);
-  for (int64_t c = 0; c < m.channels(); c += block) {
-    t.first = c == 0;
-    t.last = c + block >= m.channels();
-    t.limit = static_cast<int32_t>(std::min(c + block, m.channels()) * channel);
-    part(t);
-  }
-}
-
-// How the entries of a k x k convolution find their pixels. Resolving them all pays from some ten
-// vectors a row on; before that the kernel looks each one up in the table of columns.
+// How entries find their pixels. Resolving those of a k x k convolution pays from some ten vectors a
+// row on; before that the kernel looks each one up in the table of columns.
 struct Entries {
   Address kind;
   const int32_t* indices;
   const int32_t* offsets;
   int64_t channel;  // span of one channel in the units of indices
 };
-constexpr int64_t kDirectVectors = 16;
+constexpr int64_t kDirectVectors = 17;
 
 template <class T>
 Entries find_entries(const Matrix<T>& m, const Shape& s, const Plane& p, int64_t lanes, int64_t vectors) {
@@ -103,14 +84,68 @@ Entries find_entries(const Matrix<T>& m, const Shape& s, const Plane& p, int64_t
   return {kDirect, direct, offsets, p.channel * lanes};
 }
 
+template <class T>
+Entries pitch_entries(const Matrix<T>& m) {
+  return {kPitch, m.indices, nullptr, m.taps};
+}
+
+// Runs one tile, in column blocks of `block` channels if that is fewer than all.
+template <class T>
+void run_tile(const Kernels<T>& k, const Matrix<T>& m, SpmmTile<T> t, const Entries& a, int64_t vectors,
+              int64_t block) {
+  t.indices = a.indices;
+  t.offsets = a.offsets;
+  if (t.gap == 0) t.gap = first_run(static_cast<int>(vectors)) * k.lanes;
+  if (block >= m.channels() || t.row_begin == t.row_end) {
+    k.spmm[a.kind][block_slot(m.block)][vectors - 1](t);
+    return;
+  }
+  const int64_t rows = t.row_end - t.row_begin;
+  t.partial = buffer(kPartial).get<T>(rows * vectors * k.lanes);
+  t.cursors = buffer(kCursors).get<int32_t>(rows);
+  for (int64_t c = 0; c < m.channels(); c += block) {
+    t.first = c == 0;
+    t.last = c + block >= m.channels();
+    t.limit = static_cast<int32_t>(std::min(c + block, m.channels()) * a.channel);
+    k.blocked[a.kind][vectors - 1](t);
+  }
+}
+
+// Widest tile. Columns a constant pitch apart gain nothing from more than one run.
+template <class T>
+int64_t most_vectors(const Kernels<T>& k, const Matrix<T>& m, Address kind) {
+  const int64_t most = k.max_vectors[block_slot(m.block)];
+  return kind == kPitch ? std::min<int64_t>(most, kRunVectors) : most;
+}
+
+// A unit of work is one panel and all rows over it. With few units the threads pack each panel
+// together and share it; with many each thread packs its own. pack(unit, panel, lo, hi) packs channels
+// [lo, hi); run(unit, panel, first, last, parts) does the rows of parts [first, last).
+template <class T, class Pack, class Run>
+void for_panels(int64_t units, int64_t channels, int64_t elements, const Pack& pack, const Run& run) {
+  const int64_t parts = std::max<int64_t>(1, torch::stable::get_num_threads());
+  if (parts == 1 || units % parts == 0 || units >= 8 * parts) {
+    for_units(units, [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
+      T* panel = buffer(kPanel).get<T>(elements);
+      pack(unit, panel, 0, channels);
+      run(unit, panel, first, last, parts);
+    });
+    return;
+  }
+  T* panel = buffer(kPanel).get<T>(elements);
+  for (int64_t unit = 0; unit < units; ++unit) {
+    for_channels(channels, [&](int64_t lo, int64_t hi) { pack(unit, panel, lo, hi); });
+    for_units(1, [&](int64_t, int64_t first, int64_t last, int64_t parts) { run(unit, panel, first, last, parts); });
+  }
+}
+
 // Even tiles of at most `most` vectors.
 inline int64_t tile_vectors(int64_t vectors, int64_t most) { return ceil_div(vectors, ceil_div(vectors, most)); }
 
 template <class T>
 void conv_pointwise(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, T* y, const Epilogue<T>& e) {
-  const int slot = block_slot(m.block);
   const int64_t pixels = s.h * s.w, lanes = k.lanes, cg = m.channels();
-  const int64_t vectors = tile_vectors(ceil_div(pixels, lanes), k.max_vectors[slot]);
+  const int64_t vectors = tile_vectors(ceil_div(pixels, lanes), most_vectors(k, m, kPitch));
   const int64_t width = vectors * lanes, tiles = ceil_div(pixels, width);
   const bool pack = m.reuse() >= kReusePack;
   const int64_t block = block_channels(m, width * static_cast<int64_t>(sizeof(T)));
@@ -136,7 +171,7 @@ void conv_pointwise(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, con
     t.ldy = pixels;
     if (t.residual) t.residual += n * s.o * pixels + p0;
     t.tail = static_cast<int32_t>(count - (v - 1) * lanes);
-    run_tile(t, m, pack ? block : cg, v, k.lanes, k.spmm[kPitch][slot][v - 1], k.blocked[kPitch][v - 1], m.taps);
+    run_tile(k, m, t, pitch_entries(m), v, pack ? block : cg);
   });
 }
 
@@ -146,9 +181,9 @@ constexpr int64_t kRowChunk = 256;
 
 template <class T>
 void conv_pixels(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, T* y, const Epilogue<T>& e) {
-  const int slot = block_slot(m.block);
   const int64_t pixels = s.h * s.w, lanes = k.lanes, cg = m.channels(), total = s.n * pixels;
-  const int64_t vectors = tile_vectors(ceil_div(total, lanes), k.max_vectors[slot]), width = vectors * lanes;
+  const int64_t vectors = tile_vectors(ceil_div(total, lanes), most_vectors(k, m, kPitch));
+  const int64_t width = vectors * lanes;
   const int64_t tiles = ceil_div(total, width), block = block_channels(m, width * static_cast<int64_t>(sizeof(T)));
   const int64_t chunk = std::max<int64_t>(1, kRowChunk / m.block);
   for_units(m.groups * tiles, [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
@@ -166,7 +201,7 @@ void conv_pixels(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const 
       t.row_begin = r;
       t.row_end = std::min(r + chunk, end);
       t.y = out - r * m.block * t.ldy;
-      run_tile(t, m, block, v, k.lanes, k.spmm[kPitch][slot][v - 1], k.blocked[kPitch][v - 1], m.taps);
+      run_tile(k, m, t, pitch_entries(m), v, block);
       for (int64_t o = r * m.block; o < std::min(t.row_end * m.block, m.outputs); ++o)
         scatter_pixels(t.y + o * t.ldy, s.o * pixels, pixels, q0, count, y + o * pixels);
     }
@@ -202,82 +237,93 @@ inline int64_t panel_rows(const Shape& s, int64_t channels, int64_t lanes, int64
 
 template <class T>
 void conv_planes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, T* y, const Epilogue<T>& e) {
-  const int slot = block_slot(m.block);
   const int64_t lanes = k.lanes, cg = m.channels();
   const int64_t rows = panel_rows(s, cg, 1, sizeof(T), kPlaneBudget);
-  const Plane p = make_plane(s, rows, true, kMaxVectors * lanes, lanes, sizeof(T));
+  const Plane p = make_plane(s, rows, true, lanes, sizeof(T));
   const int64_t tiles = ceil_div(s.oh, rows), last_rows = s.oh - (tiles - 1) * rows;
   const int64_t vmax = ceil_div((rows - 1) * p.stride + s.ow, lanes);
   const Entries a = find_entries(m, s, p, 1, s.n * tiles * vmax);
   const int64_t reach = (s.kh - 1) * s.dh / s.sh * p.stride + (s.kw - 1) * s.dw / s.sw;
-  const int64_t block = block_channels(
-      m, static_cast<int64_t>(sizeof(T) * p.phases.size()) * (tile_vectors(vmax, k.max_vectors[slot]) * lanes + reach));
+  const int64_t block = block_channels(m, static_cast<int64_t>(sizeof(T) * p.phases.size()) *
+                                              (tile_vectors(vmax, most_vectors(k, m, kDirect)) * lanes + reach));
   auto* masks = buffer(kOther).get<uint32_t>(4 * vmax);
   auto* outs = reinterpret_cast<int32_t*>(masks + 2 * vmax);
   fill_masks(s, p, rows, lanes, masks, outs);
   fill_masks(s, p, last_rows, lanes, masks + vmax, outs + vmax);
-  for_units(s.n * m.groups * tiles, [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
+  const auto pack = [&](int64_t unit, T* panel, int64_t lo, int64_t hi) {
+    const int64_t oy0 = unit % tiles * rows, g = unit / tiles % m.groups, n = unit / tiles / m.groups;
+    pack_planes(s, p, hi - lo, oy0, x + (n * s.c + g * cg + lo) * s.h * s.w, panel + lo * p.channel);
+  };
+  const auto run = [&](int64_t unit, T* panel, int64_t first, int64_t last, int64_t parts) {
     const int64_t oy0 = unit % tiles * rows, g = unit / tiles % m.groups, n = unit / tiles / m.groups;
     const bool whole = oy0 + rows <= s.oh;
     const int64_t count = whole ? rows : last_rows;
     SpmmTile<T> t = make_tile(m, e);
     set_rows(t, m, g, first, last, parts);
-    T* panel = buffer(kPanel).get<T>(cg * p.channel);
-    pack_planes(s, p, cg, oy0, x + (n * s.c + g * cg) * s.h * s.w, panel);
-    t.indices = a.indices;
-    t.offsets = a.offsets;
     t.ldy = s.oh * s.ow;
     const int64_t at = n * s.o * t.ldy + oy0 * s.ow;
     t.y = y + at;
     if (t.residual) t.residual += at;
     const int64_t total = ceil_div((count - 1) * p.stride + s.ow, lanes);
-    const int64_t step = tile_vectors(total, k.max_vectors[slot]);
+    const int64_t step = tile_vectors(total, most_vectors(k, m, kDirect));
     for (int64_t v = 0; v < total; v += step) {
       t.x = panel + v * lanes;
       t.masks = masks + (whole ? 0 : vmax) + v;
       t.outs = outs + (whole ? 0 : vmax) + v;
       const int64_t n_v = std::min(step, total - v);
-      run_tile(t, m, block, n_v, k.lanes, k.spmm[a.kind][slot][n_v - 1], k.blocked[a.kind][n_v - 1], a.channel);
+      run_tile(k, m, t, a, n_v, block);
     }
-  });
+  };
+  for_panels<T>(s.n * m.groups * tiles, cg, cg * p.channel, pack, run);
+}
+
+// Rows per tile: two if both fit one tile as its two runs.
+template <class T>
+int64_t paired_rows(const Kernels<T>& k, const Matrix<T>& m, const Shape& s) {
+  return s.oh > 1 && s.ow <= kRunVectors && 2 * s.ow > kRunVectors && 2 * s.ow <= most_vectors(k, m, kDirect) ? 2 : 1;
 }
 
 // `lanes` images at a time; s.n is a multiple of lanes. No residual: it would have to be transposed.
 template <class T>
 void conv_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, T* y, const Epilogue<T>& e) {
-  const int slot = block_slot(m.block);
   const int64_t lanes = k.lanes, cg = m.channels();
   const int64_t rows = panel_rows(s, cg, lanes, sizeof(T), kLanesBudget);
-  const Plane p = make_plane(s, rows, false, kMaxVectors, 1, sizeof(T) * lanes);
+  const Plane p = make_plane(s, rows, false, 1, sizeof(T) * lanes);
   const int64_t tiles = ceil_div(s.oh, rows), pixels = s.oh * s.ow;
   const Entries a = find_entries(m, s, p, lanes, s.n * s.oh * s.ow);
-  const int64_t step = tile_vectors(s.ow, k.max_vectors[slot]);
-  const int64_t reach = ((s.kh - 1) * s.dh / s.sh + 1) * (step + (s.kw - 1) * s.dw / s.sw);
-  const int64_t block = block_channels(m, static_cast<int64_t>(sizeof(T) * p.phases.size()) * reach * lanes);
-  for_units(s.n / lanes * m.groups * tiles, [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
+  const int64_t step = tile_vectors(s.ow, most_vectors(k, m, kDirect));
+  const int64_t pair = paired_rows(k, m, s);
+  const int64_t reach = ((s.kh - 1) * s.dh / s.sh + pair) * (step + (s.kw - 1) * s.dw / s.sw);
+  const int64_t block =
+      block_channels(m, static_cast<int64_t>(sizeof(T) * p.phases.size()) * reach * lanes, kL1LanesBudget);
+  const auto pack = [&](int64_t unit, T* panel, int64_t lo, int64_t hi) {
+    const int64_t oy0 = unit % tiles * rows, g = unit / tiles % m.groups, n = unit / tiles / m.groups * lanes;
+    pack_lanes(k, s, p, hi - lo, oy0, x + (n * s.c + g * cg + lo) * s.h * s.w, panel + lo * p.channel * lanes,
+               buffer(kOther).get<T>(s.w * lanes));
+  };
+  const auto run = [&](int64_t unit, T* panel, int64_t first, int64_t last, int64_t parts) {
     const int64_t oy0 = unit % tiles * rows, g = unit / tiles % m.groups, n = unit / tiles / m.groups * lanes;
     SpmmTile<T> t = make_tile(m, e);
     set_rows(t, m, g, first, last, parts);
     if (t.row_begin == t.row_end) return;
-    T* panel = buffer(kPanel).get<T>(cg * p.channel * lanes);
-    pack_lanes(k, s, p, cg, oy0, x + (n * s.c + g * cg) * s.h * s.w, panel, buffer(kOther).get<T>(s.w * lanes));
     const int64_t o0 = t.row_begin * m.block, o1 = std::min(t.row_end * m.block, m.outputs);
-    t.indices = a.indices;
-    t.offsets = a.offsets;
-    t.ldy = s.ow * lanes;
+    t.ldy = pair * s.ow * lanes;
     T* out = buffer(kOutput).get<T>((o1 - o0) * t.ldy);
     t.tail = static_cast<int32_t>(lanes);
-    for (int64_t oy = oy0; oy < std::min(oy0 + rows, s.oh); ++oy) {
+    for (int64_t oy = oy0, end = std::min(oy0 + rows, s.oh), deep = pair; oy < end; oy += deep) {
+      deep = std::min(pair, end - oy);
+      t.gap = deep == 2 ? p.stride * lanes : 0;
       for (int64_t ox = 0; ox < s.ow; ox += step) {
         t.x = panel + ((oy - oy0) * p.stride + ox) * lanes;
         t.y = out - o0 * t.ldy + ox * lanes;
-        const int64_t v = std::min(step, s.ow - ox);
-        run_tile(t, m, block, v, k.lanes, k.spmm[a.kind][slot][v - 1], k.blocked[a.kind][v - 1], a.channel);
+        run_tile(k, m, t, a, std::min(step, s.ow - ox) * deep, block);
       }
       for (int64_t o = o0; o < o1; ++o)
-        k.transpose(out + (o - o0) * t.ldy, lanes, y + (n * s.o + o) * pixels + oy * s.ow, s.o * pixels, s.ow, lanes);
+        k.transpose(out + (o - o0) * t.ldy, lanes, y + (n * s.o + o) * pixels + oy * s.ow, s.o * pixels, deep * s.ow,
+                    lanes);
     }
-  });
+  };
+  for_panels<T>(s.n / lanes * m.groups * tiles, cg, cg * p.channel * lanes, pack, run);
 }
 
 // The lanes way on data that lies so already: x [n, c, h, w, lanes] holds its padding, with any pitch
@@ -286,7 +332,6 @@ void conv_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T
 template <class T>
 void conv_in_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, int64_t image, int64_t channel,
                    T* y, const Epilogue<T>& e) {
-  const int slot = block_slot(m.block);
   const int64_t lanes = k.lanes, cg = m.channels();
   Plane p;
   p.stride = s.w;
@@ -294,24 +339,22 @@ void conv_in_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, cons
   p.channel = channel / lanes;
   p.phases = {{0, 0}};
   const Entries a = find_entries(m, s, p, lanes, s.n * s.oh * s.ow);
-  const int64_t step = tile_vectors(s.ow, k.max_vectors[slot]);
-  const int64_t reach = ((s.kh - 1) * s.dh + 1) * (step + (s.kw - 1) * s.dw);
-  const int64_t block = block_channels(m, static_cast<int64_t>(sizeof(T)) * reach * lanes);
-  for_units(s.n * m.groups * s.oh, [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
-    const int64_t oy = unit % s.oh, g = unit / s.oh % m.groups, n = unit / s.oh / m.groups;
+  const int64_t step = tile_vectors(s.ow, most_vectors(k, m, kDirect));
+  const int64_t pair = paired_rows(k, m, s), tiles = ceil_div(s.oh, pair);
+  const int64_t reach = ((s.kh - 1) * s.dh + pair) * (step + (s.kw - 1) * s.dw);
+  const int64_t block = block_channels(m, static_cast<int64_t>(sizeof(T)) * reach * lanes, kL1LanesBudget);
+  for_units(s.n * m.groups * tiles, [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
+    const int64_t oy = unit % tiles * pair, g = unit / tiles % m.groups, n = unit / tiles / m.groups;
+    const int64_t deep = std::min(pair, s.oh - oy);
     SpmmTile<T> t = make_tile(m, e);
     set_rows(t, m, g, first, last, parts);
-    t.indices = a.indices;
-    t.offsets = a.offsets;
     t.ldy = s.oh * s.ow * lanes;
     t.tail = static_cast<int32_t>(lanes);
+    t.gap = deep == 2 ? s.w * lanes : 0;
     for (int64_t ox = 0; ox < s.ow; ox += step) {
       t.x = x + n * image + g * cg * channel + (oy * s.w + ox) * lanes;
-      const int64_t at = n * s.o * t.ldy + (oy * s.ow + ox) * lanes;
-      t.y = y + at;
-      t.residual = e.residual ? e.residual + at : nullptr;
-      const int64_t v = std::min(step, s.ow - ox);
-      run_tile(t, m, block, v, k.lanes, k.spmm[a.kind][slot][v - 1], k.blocked[a.kind][v - 1], a.channel);
+      t.y = y + n * s.o * t.ldy + (oy * s.ow + ox) * lanes;
+      run_tile(k, m, t, a, std::min(step, s.ow - ox) * deep, block);
     }
   });
 }

@@ -4,15 +4,7 @@
 
 namespace dass {
 
-// Both panels are shared by all threads: packed in parallel over channels, read in parallel over rows.
-template <class T>
-void for_channels(int64_t channels, const T& fn) {
-  if (torch::stable::get_num_threads() == 1 || channels < 2)
-    fn(0, channels);
-  else
-    torch::stable::parallel_for(0, channels, 1, fn);
-}
-
+// Panels are shared by all threads: packed in parallel over channels, read in parallel over rows.
 template <class T>
 void run_rows(const Matrix<T>& m, int64_t group, SddmmTile<T> t, SddmmFn<T> const* kernels, int64_t vectors,
               int64_t step, int64_t vector_elems) {
@@ -45,7 +37,7 @@ template <class T>
 void sddmm_planes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, const T* dy, T* dvalues) {
   const int64_t lanes = k.lanes, cg = m.channels(), og = m.group_outputs();
   const int64_t rows = panel_rows(s, cg, 1, sizeof(T), kPlaneBudget);
-  const Plane p = make_plane(s, rows, true, k.max_sddmm * lanes, lanes, sizeof(T));
+  const Plane p = make_plane(s, rows, true, lanes, sizeof(T));
   const Entries a = find_entries(m, s, p, 1, s.n * ceil_div(s.oh * s.ow, lanes));
   SddmmTile<T> t = make_sddmm(m, a.indices, a.offsets, dvalues);
   const int64_t full = ceil_div((rows - 1) * p.stride + s.ow, lanes) * lanes;
@@ -79,7 +71,7 @@ template <class T>
 void sddmm_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T* x, const T* dy, T* dvalues) {
   const int64_t lanes = k.lanes, cg = m.channels(), og = m.group_outputs();
   const int64_t rows = panel_rows(s, cg, lanes, sizeof(T), kLanesBudget);
-  const Plane p = make_plane(s, rows, false, k.max_sddmm, 1, sizeof(T) * lanes);
+  const Plane p = make_plane(s, rows, false, 1, sizeof(T) * lanes);
   const Entries a = find_entries(m, s, p, lanes, s.n / lanes * s.oh * s.ow);
   SddmmTile<T> t = make_sddmm(m, a.indices, a.offsets, dvalues);
   T* panel = buffer(kPanel).get<T>(cg * p.channel * lanes);

@@ -11,9 +11,8 @@ namespace {
 template <class T>
 void run_linear(const Kernels<T>& k, const Matrix<T>& m, int64_t batch, const T* x, T* y, const Epilogue<T>& e) {
   if (batch == 0 || m.outputs == 0) return;
-  const int slot = block_slot(m.block);
   const int64_t lanes = k.lanes, inputs = m.columns;
-  const int64_t vectors = tile_vectors(ceil_div(batch, lanes), k.max_vectors[slot]);
+  const int64_t vectors = tile_vectors(ceil_div(batch, lanes), most_vectors(k, m, kPitch));
   const int64_t width = vectors * lanes;
   for_units(ceil_div(batch, width), [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
     const int64_t b0 = unit * width, count = std::min(width, batch - b0), v = ceil_div(count, lanes);
@@ -32,7 +31,7 @@ void run_linear(const Kernels<T>& k, const Matrix<T>& m, int64_t batch, const T*
       t.row_begin = r;
       t.row_end = std::min(r + chunk, end);
       t.y = out - r * m.block * t.ldy;
-      k.spmm[kPitch][slot][v - 1](t);
+      run_tile(k, m, t, pitch_entries(m), v, inputs);
       const int64_t outputs = std::min(t.row_end * m.block, m.outputs) - r * m.block;
       k.transpose(out, t.ldy, y + b0 * m.outputs + r * m.block, m.outputs, outputs, count);
     }

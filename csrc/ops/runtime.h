@@ -84,4 +84,13 @@ void for_units(int64_t units, const Fn& fn) {
   });
 }
 
+// Calls fn(lo, hi) on ranges that cover [0, channels), in parallel where that is worth it.
+template <class Fn>
+void for_channels(int64_t channels, const Fn& fn) {
+  if (torch::stable::get_num_threads() == 1 || channels < 2)
+    fn(int64_t{0}, channels);
+  else
+    torch::stable::parallel_for(0, channels, 1, fn);
+}
+
 }  // namespace dass

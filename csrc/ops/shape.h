@@ -54,8 +54,9 @@ struct Plane {
 inline int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a - 1) / b + 1 : -(-a / b); }
 
 // `shared`: the zeros right of a row serve as those left of the next (flat tiles run across rows).
-// `slack`: elements a tile may read past its last column. `bytes`: size of an element, all lanes.
-inline Plane make_plane(const Shape& s, int64_t rows, bool shared, int64_t slack, int64_t align, int64_t bytes) {
+// `align`: lanes of the flat tiles, whose last vectors read past the last row, or 1. `bytes`: size of an
+// element, all lanes.
+inline Plane make_plane(const Shape& s, int64_t rows, bool shared, int64_t align, int64_t bytes) {
   Plane p;
   p.rows = rows;
   const int64_t reach_h = (s.kh - 1) * s.dh, reach_w = (s.kw - 1) * s.dw;
@@ -73,7 +74,10 @@ inline Plane make_plane(const Shape& s, int64_t rows, bool shared, int64_t slack
       if (std::find(p.phases.begin(), p.phases.end(), ph) == p.phases.end()) p.phases.push_back(ph);
     }
   p.phase = p.in_rows * p.stride;
-  p.channel = ceil_div(p.phase * static_cast<int64_t>(p.phases.size()) + slack, align) * align;
+  const int64_t flat = ceil_div((rows - 1) * p.stride + s.ow, align) * align;
+  const int64_t reach = reach_h / s.sh * p.stride + reach_w / s.sw;
+  const int64_t others = p.phase * (static_cast<int64_t>(p.phases.size()) - 1);
+  p.channel = ceil_div(others + std::max(p.phase, flat + reach), align) * align;
   // Planes a multiple of 4 KiB apart would compete for the same cache sets.
   if (p.channel * bytes % 4096 == 0) p.channel += align;
   return p;
