@@ -35,10 +35,11 @@ struct SpmmTile {
   const T* bias;      // by output row, or null
   const T* residual;  // laid out like y, or null
   // Tiles of more than kRunVectors vectors are two runs of pixels, the first with the odd vector: the
-  // second run starts this many elements after the first.
+  // second run starts this many elements after the first, in x and in y.
   int64_t gap;
-  // Vector v keeps the lanes in masks[v] and stores them at outs[v]. With `masks` null, vector v is
-  // stored at v * lanes, whole but for the last one, of which `tail` lanes are kept.
+  int64_t out_gap;
+  // Vector v keeps the lanes in masks[v] and stores them at outs[v]. With `masks` null, the vectors of
+  // a run are stored side by side, whole but for the last one, of which `tail` lanes are kept.
   const uint32_t* masks;
   const int32_t* outs;
   int32_t tail;

@@ -58,10 +58,11 @@ DASS_INLINE void store_row(const SpmmTile<T>& t, const Vec<T>* acc, int64_t row)
     return;
   }
 #pragma GCC unroll 32
-  for (int v = 0; v < V - 1; ++v)
-    finish<T>(acc[v], lanes, y + v * lanes, residual ? residual + v * lanes : nullptr, t.activation);
-  constexpr int last = (V - 1) * lanes;
-  finish<T>(acc[V - 1], t.tail, y + last, residual ? residual + last : nullptr, t.activation);
+  for (int v = 0; v < V; ++v) {
+    constexpr int run = first_run(V);
+    const int64_t at = v < run ? v * lanes : t.out_gap + (v - run) * lanes;
+    finish<T>(acc[v], v < V - 1 ? lanes : t.tail, y + at, residual ? residual + at : nullptr, t.activation);
+  }
 }
 
 // Multiplying beats a table of offsets by 8-10 % when the pitch is constant: one fewer load in a loop

@@ -95,7 +95,7 @@ void run_tile(const Kernels<T>& k, const Matrix<T>& m, SpmmTile<T> t, const Entr
               int64_t block) {
   t.indices = a.indices;
   t.offsets = a.offsets;
-  if (t.gap == 0) t.gap = first_run(static_cast<int>(vectors)) * k.lanes;
+  if (t.gap == 0) t.gap = t.out_gap = first_run(static_cast<int>(vectors)) * k.lanes;
   if (block >= m.channels() || t.row_begin == t.row_end) {
     k.spmm[a.kind][block_slot(m.block)][vectors - 1](t);
     return;
@@ -277,10 +277,39 @@ void conv_planes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const 
   for_panels<T>(s.n * m.groups * tiles, cg, cg * p.channel, pack, run);
 }
 
-// Rows per tile: two if both fit one tile as its two runs.
+// Tiles of the lanes way, `rows` x `columns` pixels. Two rows, the two runs of a tile, share most of
+// the pixels that their taps read.
+struct LaneTiles {
+  int64_t rows;
+  int64_t columns;
+};
+
 template <class T>
-int64_t paired_rows(const Kernels<T>& k, const Matrix<T>& m, const Shape& s) {
-  return s.oh > 1 && s.ow <= kRunVectors && 2 * s.ow > kRunVectors && 2 * s.ow <= most_vectors(k, m, kDirect) ? 2 : 1;
+LaneTiles lane_tiles(const Kernels<T>& k, const Matrix<T>& m, const Shape& s) {
+  const int64_t most = most_vectors(k, m, kDirect);
+  const int64_t columns = tile_vectors(s.ow, std::min<int64_t>(kRunVectors, std::max<int64_t>(1, most / 2)));
+  if (s.oh > 1 && s.kh > 1 && 2 * columns > kRunVectors) return {2, columns};
+  return {1, tile_vectors(s.ow, most)};
+}
+
+// Channels per column block of such tiles.
+template <class T>
+int64_t lane_block(const Matrix<T>& m, const Shape& s, const LaneTiles& tiles, int64_t phases, int64_t lanes) {
+  const int64_t high = (s.kh - 1) * s.dh / s.sh + tiles.rows, wide = (s.kw - 1) * s.dw / s.sw + tiles.columns;
+  return block_channels(m, static_cast<int64_t>(sizeof(T)) * phases * high * wide * lanes, kL1LanesBudget);
+}
+
+// Runs `rows` (at most two) x `columns` pixels from the corner that t.x and t.y point to; `in_row` and
+// `out_row` are elements from a row to the next. What fits one run is done row by row.
+template <class T>
+void run_lane_tile(const Kernels<T>& k, const Matrix<T>& m, SpmmTile<T> t, const Entries& a, int64_t rows,
+                   int64_t columns, int64_t in_row, int64_t out_row, int64_t block) {
+  if (rows == 2 && 2 * columns > kRunVectors) {
+    t.gap = in_row;
+    t.out_gap = out_row;
+    return run_tile(k, m, t, a, 2 * columns, block);
+  }
+  for (int64_t row = 0; row < rows; ++row, t.x += in_row, t.y += out_row) run_tile(k, m, t, a, columns, block);
 }
 
 // `lanes` images at a time; s.n is a multiple of lanes. No residual: it would have to be transposed.
@@ -289,41 +318,37 @@ void conv_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const T
   const int64_t lanes = k.lanes, cg = m.channels();
   const int64_t rows = panel_rows(s, cg, lanes, sizeof(T), kLanesBudget);
   const Plane p = make_plane(s, rows, false, 1, sizeof(T) * lanes);
-  const int64_t tiles = ceil_div(s.oh, rows), pixels = s.oh * s.ow;
+  const int64_t panels = ceil_div(s.oh, rows), pixels = s.oh * s.ow;
   const Entries a = find_entries(m, s, p, lanes, s.n * s.oh * s.ow);
-  const int64_t step = tile_vectors(s.ow, most_vectors(k, m, kDirect));
-  const int64_t pair = paired_rows(k, m, s);
-  const int64_t reach = ((s.kh - 1) * s.dh / s.sh + pair) * (step + (s.kw - 1) * s.dw / s.sw);
-  const int64_t block =
-      block_channels(m, static_cast<int64_t>(sizeof(T) * p.phases.size()) * reach * lanes, kL1LanesBudget);
+  const LaneTiles tiles = lane_tiles(k, m, s);
+  const int64_t block = lane_block(m, s, tiles, static_cast<int64_t>(p.phases.size()), lanes);
   const auto pack = [&](int64_t unit, T* panel, int64_t lo, int64_t hi) {
-    const int64_t oy0 = unit % tiles * rows, g = unit / tiles % m.groups, n = unit / tiles / m.groups * lanes;
+    const int64_t oy0 = unit % panels * rows, g = unit / panels % m.groups, n = unit / panels / m.groups * lanes;
     pack_lanes(k, s, p, hi - lo, oy0, x + (n * s.c + g * cg + lo) * s.h * s.w, panel + lo * p.channel * lanes,
                buffer(kOther).get<T>(s.w * lanes));
   };
   const auto run = [&](int64_t unit, T* panel, int64_t first, int64_t last, int64_t parts) {
-    const int64_t oy0 = unit % tiles * rows, g = unit / tiles % m.groups, n = unit / tiles / m.groups * lanes;
+    const int64_t oy0 = unit % panels * rows, g = unit / panels % m.groups, n = unit / panels / m.groups * lanes;
     SpmmTile<T> t = make_tile(m, e);
     set_rows(t, m, g, first, last, parts);
     if (t.row_begin == t.row_end) return;
     const int64_t o0 = t.row_begin * m.block, o1 = std::min(t.row_end * m.block, m.outputs);
-    t.ldy = pair * s.ow * lanes;
+    t.ldy = tiles.rows * s.ow * lanes;
     T* out = buffer(kOutput).get<T>((o1 - o0) * t.ldy);
     t.tail = static_cast<int32_t>(lanes);
-    for (int64_t oy = oy0, end = std::min(oy0 + rows, s.oh), deep = pair; oy < end; oy += deep) {
-      deep = std::min(pair, end - oy);
-      t.gap = deep == 2 ? p.stride * lanes : 0;
-      for (int64_t ox = 0; ox < s.ow; ox += step) {
+    for (int64_t oy = oy0, end = std::min(oy0 + rows, s.oh); oy < end; oy += tiles.rows) {
+      const int64_t deep = std::min(tiles.rows, end - oy);
+      for (int64_t ox = 0; ox < s.ow; ox += tiles.columns) {
         t.x = panel + ((oy - oy0) * p.stride + ox) * lanes;
         t.y = out - o0 * t.ldy + ox * lanes;
-        run_tile(k, m, t, a, std::min(step, s.ow - ox) * deep, block);
+        run_lane_tile(k, m, t, a, deep, std::min(tiles.columns, s.ow - ox), p.stride * lanes, s.ow * lanes, block);
       }
       for (int64_t o = o0; o < o1; ++o)
         k.transpose(out + (o - o0) * t.ldy, lanes, y + (n * s.o + o) * pixels + oy * s.ow, s.o * pixels, deep * s.ow,
                     lanes);
     }
   };
-  for_panels<T>(s.n / lanes * m.groups * tiles, cg, cg * p.channel * lanes, pack, run);
+  for_panels<T>(s.n / lanes * m.groups * panels, cg, cg * p.channel * lanes, pack, run);
 }
 
 // The lanes way on data that lies so already: x [n, c, h, w, lanes] holds its padding, with any pitch
@@ -339,22 +364,19 @@ void conv_in_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, cons
   p.channel = channel / lanes;
   p.phases = {{0, 0}};
   const Entries a = find_entries(m, s, p, lanes, s.n * s.oh * s.ow);
-  const int64_t step = tile_vectors(s.ow, most_vectors(k, m, kDirect));
-  const int64_t pair = paired_rows(k, m, s), tiles = ceil_div(s.oh, pair);
-  const int64_t reach = ((s.kh - 1) * s.dh + pair) * (step + (s.kw - 1) * s.dw);
-  const int64_t block = block_channels(m, static_cast<int64_t>(sizeof(T)) * reach * lanes, kL1LanesBudget);
-  for_units(s.n * m.groups * tiles, [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
-    const int64_t oy = unit % tiles * pair, g = unit / tiles % m.groups, n = unit / tiles / m.groups;
-    const int64_t deep = std::min(pair, s.oh - oy);
+  const LaneTiles tiles = lane_tiles(k, m, s);
+  const int64_t rows = ceil_div(s.oh, tiles.rows), block = lane_block(m, s, tiles, 1, lanes);
+  for_units(s.n * m.groups * rows, [&](int64_t unit, int64_t first, int64_t last, int64_t parts) {
+    const int64_t oy = unit % rows * tiles.rows, g = unit / rows % m.groups, n = unit / rows / m.groups;
     SpmmTile<T> t = make_tile(m, e);
     set_rows(t, m, g, first, last, parts);
     t.ldy = s.oh * s.ow * lanes;
     t.tail = static_cast<int32_t>(lanes);
-    t.gap = deep == 2 ? s.w * lanes : 0;
-    for (int64_t ox = 0; ox < s.ow; ox += step) {
+    for (int64_t ox = 0; ox < s.ow; ox += tiles.columns) {
       t.x = x + n * image + g * cg * channel + (oy * s.w + ox) * lanes;
       t.y = y + n * s.o * t.ldy + (oy * s.ow + ox) * lanes;
-      run_tile(k, m, t, a, std::min(step, s.ow - ox) * deep, block);
+      run_lane_tile(k, m, t, a, std::min(tiles.rows, s.oh - oy), std::min(tiles.columns, s.ow - ox), s.w * lanes,
+                    s.ow * lanes, block);
     }
   });
 }
