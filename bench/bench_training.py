@@ -24,7 +24,8 @@ from bench.layers import masked_layer, packed_constant, random_input, seed, spar
 from bench.peers import sparseprop
 from dass import zoo
 from dass.convert import densify
-from dass.pruning import attach_masks, prune
+from dass.pruning import prune
+from dass.schedule import attach_masks
 
 
 def training(sparsities: Iterable[float]) -> Iterator[Contest]:

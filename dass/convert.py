@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
-from dass.nn import SparseConv2d, SparseLinear, like
+from dass.nn import SparseConv2d, SparseLinear
+from dass.sparse_layer import like
 from dass.surgery import Slots, adopt_hooks, carry_over, copy_model, evaluating, make_permanent
 from dass.timing import Sample, machine_facts, measure, speedup, threads
 

@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from dass.convert import densify, sparsify
 from dass.data import Batches, ImageDataset
 from dass.nn import SparseConv2d, SparseLinear
-from dass.pruning import attach_masks
+from dass.schedule import attach_masks
 from dass.surgery import evaluating
 from dass.timing import Sample, dense_variants, measure, speedup, threads
 

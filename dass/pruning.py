@@ -1,12 +1,12 @@
-"""Pruning a whole model, at once or along a schedule, and keeping pruned weights at zero.
+"""Pruning a whole model at once.
 
-`dass.masks` decides which weights of a tensor stay; this module finds the layers, swaps them for
-their sparse twins in place, and guards the masks while an optimiser steps.
+`dass.masks` decides which weights of a tensor stay; this module finds the layers and swaps them for
+their sparse twins in place. `dass.schedule` does it step by step while the model trains.
 """
 
 import difflib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
-from torch.utils.hooks import RemovableHandle
 
 from dass.masks import (
     SCOPES,
@@ -112,7 +111,7 @@ class PruneReport:
 
 
 @dataclass(frozen=True)
-class _Rule:
+class Rule:
     """How masks are chosen: the keywords that `prune` and `GradualPruner` share."""
 
     method: str | Score = "magnitude"
@@ -142,12 +141,12 @@ class _Rule:
             exact = 1 - spec.n / spec.m
             raise ValueError(f"pattern {spec.word!r} has {name} {exact:.6g}, got {sparsity}")
 
-    def pattern_of(self, unit: "_Unit") -> str:
+    def pattern_of(self, unit: "Unit") -> str:
         """The pattern, or "unstructured" where the layer's shape cannot hold it."""
         fits = pattern_fits(unit.weight.shape, self.pattern, unit.groups)
         return self.pattern if fits else "unstructured"
 
-    def masks(self, units: "list[_Unit]", sparsity: float, monotone: bool = False) -> list[Tensor]:
+    def masks(self, units: "list[Unit]", sparsity: float, monotone: bool = False) -> list[Tensor]:
         """One mask per unit. monotone: inside the masks that the units have now."""
         spec = parse_pattern(self.pattern)
         if spec.kind == "n:m":
@@ -155,7 +154,7 @@ class _Rule:
         scores = [self._scores(unit, i) for i, unit in enumerate(units)]
         shapes = [tuple(unit.weight.shape) for unit in units]
         caps = [pattern_capacity(unit.weight.shape, self.pattern_of(unit)) for unit in units]
-        within = [_mask_of(unit.modules[0]) if monotone else None for unit in units]
+        within = [mask_of(unit.modules[0]) if monotone else None for unit in units]
         if monotone:
             caps = [max(1, int(old.sum())) for old in within]
         ranked = scores if self.scope in ("global", "lamp") else None
@@ -166,7 +165,7 @@ class _Rule:
             for unit, score, count, old in zip(units, scores, counts, within, strict=True)
         ]
 
-    def _scores(self, unit: "_Unit", index: int) -> Tensor:
+    def _scores(self, unit: "Unit", index: int) -> Tensor:
         weight = unit.weight.detach()
         if self.method == "magnitude":
             return weight
@@ -231,17 +230,17 @@ def prune(
     reach, a glob that matches nothing, and a model without eligible layer; the model is then
     unchanged.
     """
-    rule = _Rule(method, scope, pattern, floor, seed)
+    rule = Rule(method, scope, pattern, floor, seed)
     rule.check_sparsity(sparsity)
-    units, skipped = _find_units(model, exclude)
+    units, skipped = find_units(model, exclude)
     masks = rule.masks(units, sparsity)
     report = rule.report(units, masks, sparsity, skipped)
-    _apply_masks(model, units, masks, rule)
+    apply_masks(model, units, masks, rule)
     return report
 
 
 @dataclass
-class _Unit:
+class Unit:
     """The modules that share one weight Parameter (nearly always one), and all their names."""
 
     names: tuple[str, ...]
@@ -256,9 +255,9 @@ class _Unit:
         return getattr(self.modules[0], "groups", 1)
 
 
-def _find_units(
+def find_units(
     model: nn.Module, exclude: str | Iterable[str]
-) -> tuple[list[_Unit], list[tuple[str, str]]]:
+) -> tuple[list[Unit], list[tuple[str, str]]]:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -277,9 +276,9 @@ def _find_units(
         raise ValueError(
             f"a bare {type(model).__name__} cannot be swapped in place: wrap it in nn.Sequential"
         )
-    units: dict[nn.Parameter, _Unit] = {}
+    units: dict[nn.Parameter, Unit] = {}
     for module, aliases in eligible.items():
-        unit = units.setdefault(module.weight, _Unit((), []))
+        unit = units.setdefault(module.weight, Unit((), []))
         unit.names += tuple(aliases)
         unit.modules.append(module)
     _check_ties(names, units)
@@ -336,7 +335,7 @@ def _excluded(eligible: dict, names: dict, exclude: str | Iterable[str]) -> dict
     return found
 
 
-def _check_ties(names: dict[nn.Module, list[str]], units: dict[nn.Parameter, _Unit]) -> None:
+def _check_ties(names: dict[nn.Module, list[str]], units: dict[nn.Parameter, Unit]) -> None:
     for module, aliases in names.items():
         for key, parameter in module._parameters.items():
             unit = units.get(parameter) if parameter is not None else None
@@ -347,13 +346,13 @@ def _check_ties(names: dict[nn.Module, list[str]], units: dict[nn.Parameter, _Un
                 )
 
 
-def _mask_of(module: nn.Module) -> Tensor:
+def mask_of(module: nn.Module) -> Tensor:
     if isinstance(module, (SparseConv2d, SparseLinear)):
         return module.current_mask()
     return torch.ones_like(module.weight, dtype=torch.bool)
 
 
-def _apply_masks(model: nn.Module, units: list[_Unit], masks: list[Tensor], rule: _Rule) -> None:
+def apply_masks(model: nn.Module, units: list[Unit], masks: list[Tensor], rule: Rule) -> None:
     """Give every unit its mask; dense modules are replaced under every parent that holds them."""
     swapped: dict[nn.Module, nn.Module] = {}
     for unit, mask in zip(units, masks, strict=True):
@@ -387,167 +386,3 @@ def _sparse_twin(module: nn.Module, mask: Tensor, pattern: str) -> nn.Module:
                 if getattr(hook, "with_module", False):
                     hook.module = weakref.ref(twin)
     return twin
-
-
-def cubic_sparsity(step: int, begin: int, end: int, initial: float, final: float) -> float:
-    """`s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^3`, t clipped to [t_0, t_1].
-
-    Zhu & Gupta 2017, arXiv 1710.01878, equation 1, with t_1 = t_0 + n dt.
-    """
-    left = 1 - (min(max(step, begin), end) - begin) / (end - begin)
-    return final + (initial - final) * left**3
-
-
-class GradualPruner:
-    """Prunes while training, along the cubic schedule: call `step()` after `optimizer.step()`.
-
-        pruner = GradualPruner(model, optimizer, 0.9, begin=1000, end=9000, every=100)
-        for x, y in loader:
-            ...; optimizer.step(); report = pruner.step()
-
-    The first call of `step()` is t = 0. At t = begin, begin + every, ... and at t = end the masks
-    are chosen anew for `cubic_sparsity(t)`; `step()` then returns the PruneReport, else None. The
-    constructor swaps the layers (mask all True where they were dense) and attaches the masks to the
-    optimiser (`attach_masks`), whose slots of newly pruned weights are zeroed at once.
-
-    monotone: once pruned, never back. If False a weight comes back where its score has grown, which
-        takes a score function that ranks pruned weights, or a weight that something else rewrote.
-    rule: method, scope, pattern, floor, seed, as in `prune`.
-
-    To resume: build the model, the optimiser and the pruner as before, then load the three state
-    dicts; the masks travel in the model's. The run is then bit for bit the unbroken one.
-    An average of the model (AveragedModel) follows with `copy_masks(model, average.module)` after
-    each report. Raises ValueError as `prune` does, and unless 0 <= begin < end and every >= 1 and
-    initial_sparsity <= final_sparsity.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        final_sparsity: float,
-        begin: int,
-        end: int,
-        every: int = 1,
-        *,
-        initial_sparsity: float = 0.0,
-        exclude: str | Iterable[str] = (),
-        monotone: bool = True,
-        **rule,
-    ):
-        self._rule = _Rule(**rule)
-        self._rule.check_sparsity(final_sparsity, "final_sparsity")
-        self._rule.check_sparsity(initial_sparsity, "initial_sparsity")
-        if not 0 <= begin < end or every < 1 or initial_sparsity > final_sparsity:
-            raise ValueError(
-                "need 0 <= begin < end, every >= 1 and initial_sparsity <= final_sparsity, got "
-                f"begin={begin}, end={end}, every={every}, {initial_sparsity}, {final_sparsity}"
-            )
-        self.model, self.optimizer, self.monotone = model, optimizer, monotone
-        self.initial_sparsity, self.final_sparsity = initial_sparsity, final_sparsity
-        self.begin, self.end, self.every = begin, end, every
-        self.steps = 0
-        self._units, self._skipped = _find_units(model, exclude)
-        masks = [_mask_of(unit.modules[0]) for unit in self._units]
-        _apply_masks(model, self._units, masks, self._rule)
-        self._handle = attach_masks(optimizer, model)
-
-    @property
-    def sparsity(self) -> float:
-        """The schedule's target at the next `step()`."""
-        return cubic_sparsity(
-            self.steps, self.begin, self.end, self.initial_sparsity, self.final_sparsity
-        )
-
-    def step(self) -> PruneReport | None:
-        t, target = self.steps, self.sparsity
-        self.steps += 1
-        if not self.begin <= t <= self.end or ((t - self.begin) % self.every and t != self.end):
-            return None
-        masks = self._rule.masks(self._units, target, self.monotone)
-        report = self._rule.report(self._units, masks, target, self._skipped)
-        _apply_masks(self.model, self._units, masks, self._rule)
-        enforce_masks(self.optimizer, self.model)
-        return report
-
-    def state_dict(self) -> dict:
-        keys = ("steps", "final_sparsity", "begin", "end", "every", "initial_sparsity", "monotone")
-        rule = {key: value for key, value in vars(self._rule).items() if key != "method"}
-        return {**{key: getattr(self, key) for key in keys}, **rule}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Takes the step count; raises ValueError where the saved schedule is another one."""
-        mine = self.state_dict()
-        wrong = [k for k in mine if k != "steps" and state.get(k) != mine[k]]
-        if wrong or "steps" not in state:
-            raise ValueError(f"saved schedule {state} differs from {mine} in {wrong or ['steps']}")
-        self.steps = state["steps"]
-
-
-def attach_masks(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
-    """After every `optimizer.step()`, and now, zero the pruned weights of `model` and their slots.
-
-    Momentum, weight decay and Adam's moments move a weight whose gradient is zero, so a masked
-    gradient alone lets pruned weights come back. The hook looks the layers up at each step: it
-    holds for layers pruned later. A layer whose mask is still being learned is left alone. The
-    hook does not travel with a pickled or copied optimiser: attach again. Returns a handle; its
-    `remove()` ends the guard. ValueError if `optimizer` has none of the model's pruned weights.
-    """
-    pruned = {layer.weight for layer in _frozen_layers(model)}
-    if pruned and not any(p in pruned for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError("the optimizer holds none of the model's pruned weights")
-    enforce_masks(optimizer, model)
-    return optimizer.register_step_post_hook(lambda opt, args, kwargs: enforce_masks(opt, model))
-
-
-@torch.no_grad()
-def enforce_masks(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Zero, once, the pruned weights of `model` and what `optimizer` remembers of them.
-
-    Slots are the state tensors of the weight's shape (momentum_buffer, exp_avg, max_exp_avg_sq,
-    ax, ...), but for Rprop's step_size, which is a length and no memory. Filled, not multiplied by
-    the mask: 0 * NaN is NaN, and an eps of 0 divides 0 by 0 there. Adafactor's row and column
-    sums stay. LBFGS drops its history when it reaches into pruned weights: curvature pairs of
-    another subspace cannot be repaired by zeroing.
-    """
-    pruned = {layer.weight: ~layer.mask for layer in _frozen_layers(model)}
-    for weight, gone in pruned.items():
-        weight.masked_fill_(gone, 0)
-        for key, slot in optimizer.state.get(weight, {}).items():
-            if isinstance(slot, Tensor) and slot.shape == gone.shape and key != "step_size":
-                slot.masked_fill_(gone.to(slot.device), 0)
-    if isinstance(optimizer, torch.optim.LBFGS):
-        _check_lbfgs(optimizer, pruned)
-
-
-def _check_lbfgs(optimizer: torch.optim.LBFGS, pruned: dict[nn.Parameter, Tensor]) -> None:
-    parameters = optimizer.param_groups[0]["params"]
-    state = optimizer.state.get(parameters[0], {})
-    offset = 0
-    for parameter in parameters:
-        part = slice(offset, offset := offset + parameter.numel())
-        if parameter in pruned and "d" in state:
-            gone = pruned[parameter].flatten()
-            if any(state[key][part][gone].any() for key in ("d", "prev_flat_grad")):
-                state["n_iter"] = 0  # the next step starts from the gradient, as the first one did
-                return
-
-
-def copy_masks(source: nn.Module, target: nn.Module) -> None:
-    """Give each sparse layer of `target` the mask of the layer of that name in `source`.
-
-    For averaged or teacher copies after a mask change. ValueError names a layer that is missing.
-    """
-    twins = dict(target.named_modules())
-    for name, layer in source.named_modules():
-        if isinstance(layer, (SparseConv2d, SparseLinear)):
-            if not isinstance(twin := twins.get(name), (SparseConv2d, SparseLinear)):
-                raise ValueError(f"the target has no sparse layer {name!r}")
-            if not torch.equal(mask := layer.mask.to(twin.mask.device), twin.mask):
-                twin.set_mask(mask)
-
-
-def _frozen_layers(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        if isinstance(module, (SparseConv2d, SparseLinear)) and module.scores is None:
-            yield module

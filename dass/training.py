@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dass.data import Augment, Batches, ImageDataset
 from dass.nn import SparseConv2d, SparseLinear
-from dass.pruning import attach_masks
+from dass.schedule import attach_masks
 
 __all__ = [
     "CheckpointError",

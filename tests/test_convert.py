@@ -220,7 +220,7 @@ def test_every_layer_that_stays_dense_has_a_reason(monkeypatch):
 
 
 def test_other_devices_are_left_alone(monkeypatch):
-    monkeypatch.setattr("dass.nn._has_kernels", lambda device: False)
+    monkeypatch.setattr("dass.sparse_layer._has_kernels", lambda device: False)
     converted, report = sparsify(net(), X)
     assert sparse_names(converted) == set()
     assert rows(report)["stem"].reason == "on cpu: no sparse kernels there"

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dass
-from dass import files
+from dass import encoding
 from dass.files import CorruptFileError, FileError, MismatchError, VersionError, load, save
 from dass.nn import SparseConv2d, SparseLinear
 
@@ -388,16 +388,16 @@ def test_every_form_of_places_round_trips(gaps, tail, form):
     numel = int(places[-1]) + 1 + tail if len(places) else tail
     kept = torch.zeros(numel, dtype=torch.bool)
     kept[torch.from_numpy(places)] = True
-    best, stored = files._encode_places(kept)
-    assert torch.equal(files._decode_places(best, stored, numel), kept)
-    all_forms = files._place_forms(kept.numpy())
+    best, stored = encoding.encode_places(kept)
+    assert torch.equal(encoding.decode_places(best, stored, numel), kept)
+    all_forms = encoding.place_forms(kept.numpy())
     words = all_forms[form]
-    assert torch.equal(files._decode_places(form, torch.from_numpy(words), numel), kept)
+    assert torch.equal(encoding.decode_places(form, torch.from_numpy(words), numel), kept)
     if best != "all":
         assert stored.nbytes == min(w.nbytes for w in all_forms.values())
     if form != "bits" and len(places):
         with pytest.raises(CorruptFileError):
-            files._decode_places(form, torch.from_numpy(words), int(places[-1]))
+            encoding.decode_places(form, torch.from_numpy(words), int(places[-1]))
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(path, monkeypatch):

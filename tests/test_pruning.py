@@ -15,14 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dass.masks import keep_count
 from dass.nn import SparseConv2d, SparseLinear
-from dass.pruning import (
-    GradualPruner,
-    attach_masks,
-    copy_masks,
-    cubic_sparsity,
-    enforce_masks,
-    prune,
-)
+from dass.pruning import prune
+from dass.schedule import GradualPruner, attach_masks, copy_masks, cubic_sparsity, enforce_masks
 
 
 class Net(nn.Module):
