@@ -43,18 +43,17 @@ test-full: $(VENV)/.built test-asan
 	$(BIN)/python -m pytest $(ARGS)
 
 # The tests that reach the kernels, against a copy built with AddressSanitizer and UBSan. Preloaded
-# with the sanitizer comes libstdc++, whose exceptions it has to see; torch's leaks are not ours. What
-# a sanitizer says before it ends the process goes to a file: pytest would swallow it.
+# with the sanitizer comes libstdc++, whose exceptions it has to see; torch's leaks are not ours.
+# pytest must neither swallow what a sanitizer says nor catch its signals.
 test-asan: $(VENV)/.built
-	rm -rf $(ASAN_TREE)/dass $(ASAN_TREE)/dass_kernels $(ASAN_TREE)/tests $(ASAN_TREE)/said.*
+	rm -rf $(ASAN_TREE)/dass $(ASAN_TREE)/dass_kernels $(ASAN_TREE)/tests
 	CXX=g++ DASS_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(ASAN_TREE)
 	cp -r tests pyproject.toml $(ASAN_TREE)
 	cd $(ASAN_TREE) && PYTHONPATH=. PYTHONMALLOC=malloc \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:log_path=$(abspath $(ASAN_TREE))/said \
-	  UBSAN_OPTIONS=print_stacktrace=1:log_path=$(abspath $(ASAN_TREE))/said \
-	  $(BIN)/python -m pytest -m "not slow" $$(grep -l dass_kernels tests/test_*.py) $(ARGS) \
-	  || { cat $(abspath $(ASAN_TREE))/said.*; exit 1; }
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/python -m pytest -m "not slow" --capture=sys -p no:faulthandler \
+	  $$(grep -l dass_kernels tests/test_*.py) $(ARGS)
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench $(ARGS)

@@ -46,8 +46,8 @@ void run_gemv(const Kernels<T>& k, const Matrix<T>& m, const uint16_t* bits, con
   GemvTile<T> t{};
   t.words = ceil_div(m.columns, 16);
   T* padded = buffer(kPanel).get<T>(t.words * 16);
-  std::memcpy(padded, x, m.columns * sizeof(T));
-  std::memset(padded + m.columns, 0, (t.words * 16 - m.columns) * sizeof(T));
+  std::copy_n(x, m.columns, padded);
+  std::fill(padded + m.columns, padded + t.words * 16, T(0));
   t.x = padded;
   t.values = m.values;
   t.indptr = m.indptr;
