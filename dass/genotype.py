@@ -118,7 +118,7 @@ class Genotype:
         return cls(_random_cell(generator), _random_cell(generator))
 
     def skips(self) -> dict[str, int]:
-        """Per cell, how many of the 8 edges are skip_connect; many are a sign of a failed search."""
+        """Per cell, how many of the 8 edges are skip_connect: many tell of a failed search."""
         return {cell: [e.op for e in self._edges(cell)].count("skip_connect") for cell in CELLS}
 
     def parameter_free(self) -> dict[str, float]:

@@ -145,8 +145,8 @@ def _none(channels: int, stride: int, affine: bool = True, pool_norm: bool = Fal
     return Zero(stride)
 
 
-# name -> builder(channels, stride, affine=True, pool_norm=False). affine: BatchNorms have weight and
-# bias. pool_norm: a BatchNorm without them follows each pool. The search has affine=False and
+# name -> builder(channels, stride, affine=True, pool_norm=False). affine: BatchNorms have weights
+# and biases. pool_norm: a BatchNorm without them follows each pool. The search has affine=False and
 # pool_norm=True, so that all outputs are of one scale; final networks have the defaults.
 OPS: dict[str, Builder] = {
     "none": _none,

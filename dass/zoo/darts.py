@@ -108,6 +108,7 @@ class CellNetwork(nn.Module):
         cifar = stem == "cifar"
         if cifar:
             self.stem, before = _cifar_stem(in_channels, 3 * channels), 3 * channels
+            self.stem1 = nn.Identity()
         else:
             self.stem, before = _imagenet_stem(in_channels, channels), channels
             self.stem1 = _relu_strided(channels, channels)
@@ -131,7 +132,7 @@ class CellNetwork(nn.Module):
         In training, with an auxiliary head: (logits, logits of the auxiliary head).
         """
         before = self.stem(x)
-        previous = self.stem1(before) if hasattr(self, "stem1") else before
+        previous = self.stem1(before)
         drop_probability = self.drop_path_prob if self.training else 0.0
         auxiliary = None
         for i, cell in enumerate(self.cells):
