@@ -1,4 +1,4 @@
-"""Networks of genotypes: published sizes, gradients, drop path, auxiliary head, sparse and saved."""
+"""Networks of genotypes: sizes, gradients, drop path, auxiliary head, pruning, files."""
 
 import pytest
 import torch
