@@ -1,8 +1,8 @@
 """Drawings of a genotype's cells, as SVG that needs nothing outside of itself.
 
-Every node is a column and every edge a row, so that no two edges can lie on each other: an edge runs
-from its source's column to the right, through the name of its operation, into its node. The nodes
-descend like stairs, and from each a line runs to the column of the output.
+Every node is a column and every edge a row, so that no two edges can lie on each other: an edge
+runs from its source's column to the right, through the name of its operation, into its node. The
+nodes, numbered as in `dass.space`, descend like stairs; a line from each runs to the output.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dass.space import CONCAT, INPUTS
 
 __all__ = ["draw_svg"]
 
-_NAMES = {0: "c(k-2)", 1: "c(k-1)", **{node: str(node - INPUTS) for node in CONCAT}}
+_NAMES = {0: "c(k-2)", 1: "c(k-1)", **{node: str(node) for node in CONCAT}}
 _TITLES = {"normal": "Normal cell", "reduce": "Reduction cell"}
 
 # Pixels.
@@ -83,7 +83,7 @@ def draw_svg(genotype: Genotype) -> str:
     """
     if not isinstance(genotype, Genotype):
         raise TypeError(f"genotype must be a dass.Genotype, got {type(genotype).__name__}")
-    height = 2 * (_TITLE + _CELL_HEIGHT) + _GAP + _MARGIN
+    height = 2 * (_TITLE + _CELL_HEIGHT) + _GAP + 2 * _MARGIN
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
         f'width="{_WIDTH}" height="{height}" role="img">',
@@ -145,8 +145,8 @@ def _edge(cell: str, i: int, edge: Edge, place: _Place) -> str:
 
 
 def _label(edge: Edge) -> str:
-    """ "sep conv 3×3", with the density behind it if it has one: "sep 3×3 · 5 %"."""
-    words = edge.op.replace("3x3", "3×3").replace("5x5", "5×5")
+    """The words of an operation; if it has a density fewer words, then the density."""
+    words = edge.op.replace("3x3", "3\u00d73").replace("5x5", "5\u00d75")
     if edge.density is None:
         return words.replace("_", " ")
     words = words.replace("_conv", "").replace("_connect", "").replace("_", " ")
@@ -183,6 +183,5 @@ def _path(d: str, kind: str, more: str = "") -> str:
 
 
 def _text(x: float, y: float, text: str, kind: str, anchor: str, more: str = "") -> str:
-    return (
-        f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}" {more}>{escape(text)}</text>'
-    )
+    place = f'x="{x}" y="{y}" text-anchor="{anchor}"'
+    return f'<text class="{kind}" {place} {more}>{escape(text)}</text>'

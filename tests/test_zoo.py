@@ -90,7 +90,7 @@ def test_efficientnet_v2_for_small_images_and_its_names():
     assert {"features.0.0.weight", "features.1.1.block.0.1.bias"} <= keys
     assert {"features.2.0.block.1.0.weight", "features.4.0.block.2.fc1.bias"} <= keys
     assert {"features.6.14.block.3.1.running_var", "features.7.0.weight"} <= keys
-    with pytest.raises(ValueError, match="stem must be .* got 'mnist'"):
+    with pytest.raises(ValueError, match=r"stem must be .* got 'mnist'"):
         zoo.create("efficientnet_v2_s", stem="mnist")
 
 
