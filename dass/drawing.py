@@ -1,4 +1,4 @@
-"""Drawings of a genotype's cells, as SVG that needs nothing outside of itself.
+"""Drawings of a genotype's cells, as SVG that needs nothing outside of itself, and as PNG.
 
 Every node is a column and every edge a row, so that no two edges can lie on each other: an edge
 runs from its source's column to the right, through the name of its operation, into its node. The
@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape, quoteattr
 from dass.genotype import CELLS, Edge, Genotype
 from dass.space import CONCAT, INPUTS
 
-__all__ = ["draw_svg"]
+__all__ = ["draw_png", "draw_svg"]
 
 _NAMES = {0: "c(k-2)", 1: "c(k-1)", **{node: str(node) for node in CONCAT}}
 _TITLES = {"normal": "Normal cell", "reduce": "Reduction cell"}
@@ -36,18 +36,20 @@ _COLOURS = {
     "dil": ("#e1f6ee", "#0b7a57"),
 }
 _PAPER = "#fcfdfe"
-_STYLE = """
-text { font-family: system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
-.title { font-size: 17px; font-weight: 600; fill: #1c2430; }
-.facts { font-size: 12.5px; fill: #6b7686; }
-.label { font-size: 12.5px; font-weight: 500; }
-.name { font-size: 13px; font-weight: 600; fill: #1c2430; }
-.bar { stroke: #c3cad4; stroke-width: 2.5; stroke-linecap: round; fill: none; }
-.halo { stroke: #fcfdfe; stroke-width: 8; fill: none; }
-.edge { stroke-width: 1.8; fill: none; }
-.output { stroke: #c3cad4; stroke-width: 1.8; fill: none; }
-.node { fill: #ffffff; stroke: #56616f; stroke-width: 1.8; }
-""".strip()
+_FONT = 'system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif'
+_INK, _GREY = "#1c2430", "#c3cad4"
+# Class of an element -> CSS.
+_STYLES = {
+    "title": {"font-size": "17px", "font-weight": "600", "fill": _INK},
+    "facts": {"font-size": "12.5px", "fill": "#6b7686"},
+    "label": {"font-size": "12.5px", "font-weight": "500"},
+    "name": {"font-size": "13px", "font-weight": "600", "fill": _INK},
+    "bar": {"stroke": _GREY, "stroke-width": "2.5", "fill": "none"},
+    "halo": {"stroke": _PAPER, "stroke-width": "8", "fill": "none"},
+    "edge": {"stroke-width": "1.8", "fill": "none"},
+    "output": {"stroke": _GREY, "stroke-width": "1.8", "fill": "none"},
+    "node": {"fill": "#ffffff", "stroke": "#56616f", "stroke-width": "1.8"},
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def draw_svg(genotype: Genotype) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
         f'width="{_WIDTH}" height="{height}" role="img">',
         "<title>Cells of a genotype</title>",
-        f"<style>{_STYLE}</style>",
+        f"<style>{_css()}</style>",
         f'<rect width="{_WIDTH}" height="{height}" rx="10" fill="{_PAPER}"/>',
     ]
     for i, cell in enumerate(CELLS):
@@ -96,6 +98,28 @@ def draw_svg(genotype: Genotype) -> str:
         parts += _heading(genotype, cell, top)
         parts += _cell(genotype, cell, _Place(top + _TITLE))
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def draw_png(genotype: Genotype, scale: float = 2.0) -> bytes:
+    """The same picture as a PNG file; ``scale`` is its pixels per unit of the SVG.
+
+    Raises:
+        TypeError: ``genotype`` is none. ValueError: a scale that is not in (0, 10].
+        ImportError: no matplotlib (``pip install "dass[plot]"``).
+    """
+    if not 0 < scale <= 10:
+        raise ValueError(f"scale must be in (0, 10], got {scale!r}")
+    from dass.rasters import to_png
+
+    return to_png(draw_svg(genotype), _STYLES, scale)
+
+
+def _css() -> str:
+    rules = [f"text {{ font-family: {_FONT}; }}"]
+    for kind, style in _STYLES.items():
+        body = " ".join(f"{key}: {value};" for key, value in style.items())
+        rules.append(f".{kind} {{ {body} }}")
+    return "\n".join(rules)
 
 
 def _heading(genotype: Genotype, cell: str, top: float) -> list[str]:

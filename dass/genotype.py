@@ -107,7 +107,8 @@ class Genotype:
         """A uniform draw: per node two distinct earlier nodes, each through any operation but none.
 
         It depends on ``seed`` alone, not on torch's generator: only ``random.Random(seed).random``
-        is used, whose numbers Python promises not to change. The neutral baseline of a search.
+        is used, whose numbers Python promises not to change. An operation that is added to `OPS`
+        changes what a seed draws. The neutral baseline of a search.
 
         Raises:
             ValueError: ``seed`` is no integer of at least 0.

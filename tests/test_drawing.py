@@ -1,5 +1,6 @@
 """Drawings of cells: valid XML, one edge per pair, every operation named, none on another."""
 
+import io
 import itertools
 import xml.etree.ElementTree as ET
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dass import Genotype
-from dass.drawing import draw_svg
+from dass.drawing import draw_png, draw_svg
 from dass.genotype import CELLS
 from dass.space import CONCAT, OPS
 from dass.zoo import FOUND, darts
@@ -71,6 +72,26 @@ def test_every_operation_has_a_colour_and_shows_its_density():
         nodes = [[(op, 0, 0.05), (op, 1, 1.0)]] * 4
         texts = [g.find(SVG + "text").text for g in groups(draw_svg(Genotype(nodes, nodes)))]
         assert all(t.endswith(("· 5 %", "· 100 %")) and len(t) < 22 for t in texts)
+
+
+def test_png_is_the_same_picture():
+    pytest.importorskip("matplotlib")
+    image = pytest.importorskip("PIL.Image")
+    genotype = Genotype.random(0)
+    root = ET.fromstring(draw_svg(genotype))
+    picture = image.open(io.BytesIO(draw_png(genotype, scale=1.0))).convert("RGB")
+    assert picture.size == (int(root.get("width")), int(root.get("height")))
+    for g in groups(draw_svg(genotype)):
+        box = g.find(SVG + "rect").attrib
+        at = (round(float(box["x"]) + 6), round(float(box["y"]) + float(box["height"]) / 2))
+        assert "#{:02x}{:02x}{:02x}".format(*picture.getpixel(at)) == box["fill"]
+    assert draw_png(genotype, scale=1.0) == draw_png(genotype, scale=1.0)
+
+
+@pytest.mark.parametrize("scale", [0, -1, 11, float("nan")])
+def test_scales_out_of_range(scale):
+    with pytest.raises(ValueError, match=r"scale must be in \(0, 10\], got"):
+        draw_png(Genotype.random(0), scale)
 
 
 def test_what_is_no_genotype():

@@ -69,6 +69,7 @@ class Cell(nn.Module):
 class AuxiliaryHead(nn.Module):
     """A second classifier on the output of the second reduction, 8x8 for CIFAR, 7x7 for ImageNet.
 
+    With the BatchNorm before the classifier that the paper's code leaves out for ImageNet alone.
     [B, cin, H, W] -> [B, num_classes]; H and W are at least 5, for ``stride`` 3 at least 8.
     """
 
