@@ -16,6 +16,8 @@ _HOME = {
     "copy_masks": "schedule",
     "sparsify": "convert",
     "densify": "convert",
+    "Genotype": "genotype",
+    "build": "zoo.darts",
     "save": "files",
     "load": "files",
 }

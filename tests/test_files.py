@@ -61,7 +61,7 @@ def pruned(sparsity=0.8, **rule):
 
 
 @pytest.mark.parametrize("name", dass.zoo.list())
-def test_every_zoo_network_comes_back_from_its_file_alone(name, path):
+def test_every_zoo_network_comes_back_from_its_file_alone(name, path, one_thread):
     model = dass.zoo.create(name, num_classes=7, width=0.25)
     dass.prune(model, 0.9)
     for module in model.modules():

@@ -221,4 +221,5 @@ def test_the_source_distribution_has_what_a_build_needs(tmp_path):
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
     assert sources
     assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} | sources <= names
+    assert "dass/zoo/found.json" in names
     assert not [name for name in names if name.endswith((".so", ".o"))]

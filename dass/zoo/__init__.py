@@ -12,8 +12,10 @@ folding, pruning and layer swapping need to know nothing about the network.
 import builtins
 import importlib
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 
@@ -34,6 +36,10 @@ class Network:
     fixed: Mapping[str, object] = field(default_factory=dict)  # what makes it this network
 
 
+# Cells that a search has found, and the networks of them: {"cells": {name: the fields of a genotype
+# and its source}, "networks": {name: {"cell", "channels", "layers"}}}.
+FOUND = json.loads(Path(__file__).with_name("found.json").read_text(encoding="utf-8"))
+
 NETWORKS: dict[str, Network] = {
     "mobilenet_v2": Network("mobilenet_v2", "cifar", 10, _CIFAR),
     "mobilenet_v2_imagenet": Network("mobilenet_v2", "imagenet", 1000, _IMAGENET),
@@ -45,6 +51,9 @@ NETWORKS: dict[str, Network] = {
     "resnet56": Network("resnet", "option_a", 10, _CIFAR, {"blocks": 9}),
     "resnet50": Network("resnet", "resnet50", 1000, _IMAGENET),
     "efficientnet_lite0": Network("efficientnet_lite", "lite0", 1000, _IMAGENET),
+    "efficientnet_v2_s": Network("efficientnet_v2", "small", 1000, _IMAGENET),
+    "random_cell": Network("darts", "random_cell", 10, _CIFAR),
+    **{name: Network("darts", "found", 10, _CIFAR, {"name": name}) for name in FOUND["networks"]},
 }
 
 
