@@ -18,6 +18,9 @@ _HOME = {
     "densify": "convert",
     "Genotype": "genotype",
     "build": "zoo.darts",
+    "SearchConfig": "strategies",
+    "search": "searching",
+    "SearchResult": "searching",
     "save": "files",
     "load": "files",
 }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from dass.runs import UserError
+from dass.strategies import SearchConfig, preset
 from dass.training import TrainConfig
 
 T = TypeVar("T")
@@ -17,6 +20,43 @@ def config(**values) -> TrainConfig:
         return TrainConfig(**values)
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
+
+
+def search(name: str = "affordable", **changes) -> SearchConfig:
+    """A preset's SearchConfig with some changed."""
+    try:
+        return preset(name, **changes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def densities(text: str | None) -> tuple[float, ...] | None:
+    """ "1,0.1" -> (1.0, 0.1)."""
+    if text is None:
+        return None
+    return _parse(text, "--densities", float, lambda d: 0 < d <= 1, "numbers in (0, 1]")
+
+
+def epochs(text: str | None) -> tuple[int, ...] | None:
+    """ "50,20,50" -> (50, 20, 50)."""
+    if text is None:
+        return None
+    return _parse(text, "--epochs", int, lambda n: n >= 0, "whole numbers, such as 50,20,50")
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Joins the processes that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def at_least_one(count: int | None) -> int | None:

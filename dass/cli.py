@@ -1,4 +1,4 @@
-"""The command line: ``dass demo | train | prune | evaluate | bench``.
+"""The command line: ``dass demo | search | sparse | train | prune | finetune | ...``.
 
 Exit codes: 0 done, 1 the program's fault, 2 the user's, with one line that says what to change, 130
 after Ctrl-C, with everything kept.
@@ -6,15 +6,30 @@ after Ctrl-C, with everything kept.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+
+from dass.options import (
+    RUN_HELP,
+    Batches,
+    BenchThreads,
+    Data,
+    Exclude,
+    Fresh,
+    Input,
+    Limit,
+    Model,
+    OptionalData,
+    Pattern,
+    Scope,
+    Seed,
+    Size,
+    Source,
+    Threads,
+)
+from dass.session import inherit, on_threads, publish, session
 
 app = typer.Typer(
     name="dass",
@@ -24,38 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-_RUN_HELP = "The run's folder."
-_DATA_HELP = (
-    "auto, cifar10, fashion_mnist, digits, synthetic, or a path: a folder of class folders with "
-    "images, or a file of CIFAR-10. auto is CIFAR-10, or scikit-learn's digits where that cannot "
-    "be had."
-)
-Data = Annotated[str, typer.Option(help=_DATA_HELP)]
-OptionalData = Annotated[
-    str | None, typer.Option(help=_DATA_HELP + " Default: what the network was trained on.")
-]
-Size = Annotated[int | None, typer.Option(help="Scale the images to this height and width.")]
-Limit = Annotated[int | None, typer.Option(help="Use at most so many training images.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: drop what the run has so far.")]
-Threads = Annotated[int | None, typer.Option(help="Threads to train with. Default: torch's.")]
-BenchThreads = Annotated[int, typer.Option(help="Threads to measure with.")]
-Seed = Annotated[int, typer.Option(help="Of weights, order and augmentation.")]
-Source = Annotated[str, typer.Argument(help="A run folder or a file of dass.save.")]
-Batches = Annotated[str, typer.Option(help="Batch sizes to measure, with commas between them.")]
-Model = Annotated[
-    str | None,
-    typer.Option(help="package.module:function that builds the network, if it is not of the zoo."),
-]
-Input = Annotated[
-    str | None, typer.Option("--input", help="Shape of one input, such as 3x224x224.")
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option(help="Leave dense: a glob of layer names, or depthwise, first, last. Repeatable."),
-]
-Scope = Annotated[str, typer.Option(help="uniform, erk, global or lamp.")]
-Pattern = Annotated[str, typer.Option(help="unstructured, 4x1, 8x1, 16x1, 16x2, 32x2, 2:4, n:m.")]
 
 
 def main() -> None:
@@ -83,7 +66,7 @@ def _options(
 @app.command()
 def demo(
     data: Data = "auto",
-    run: Annotated[Path, typer.Option(help=_RUN_HELP)] = Path("runs/demo"),
+    run: Annotated[Path, typer.Option(help=RUN_HELP)] = Path("runs/demo"),
     quick: Annotated[
         bool, typer.Option("--quick", help="A tenth of everything, to see that it works.")
     ] = False,
@@ -97,7 +80,7 @@ def demo(
 
     Example: **dass demo --data cifar10 --run runs/mine**
     """
-    with _session() as console:
+    with session() as console:
         from dataclasses import replace
 
         from dass import arguments
@@ -111,14 +94,110 @@ def demo(
             seed=seed,
         )
         results = run_demo(settings, run, console, fresh=fresh)
-        _publish(demo_report(results), run, console)
+        publish(demo_report(results), run, console)
+
+
+@app.command()
+def search(
+    preset: Annotated[
+        str, typer.Option(help="paper, affordable, small (hours on two cores) or smoke (minutes).")
+    ] = "small",
+    data: Data = "auto",
+    strategy: Annotated[str | None, typer.Option(help="dass, one_loop, darts or random.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of the weights to keep, in (0, 1].")
+    ] = None,
+    densities: Annotated[
+        str | None, typer.Option(help="Densities for the search to choose from, with commas.")
+    ] = None,
+    epochs: Annotated[
+        str | None, typer.Option(help="Of pre-training, pruning and fine-tuning, such as 50,20,50.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    second_order: Annotated[
+        bool | None, typer.Option(help="Differentiate through a step of the weights.")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="As dass prune --pattern.")] = None,
+    exclude: Exclude = None,
+    latency_weight: Annotated[
+        float, typer.Option(help="Price of the expected time against the loss.")
+    ] = 0.0,
+    latency_table: Annotated[
+        Path | None, typer.Option(help="A file of dass latency-table, for the price of time.")
+    ] = None,
+    guard: Annotated[
+        str | None, typer.Option(help="At a sign of collapse: warn, stop, off.")
+    ] = None,
+    size: Size = None,
+    limit: Limit = None,
+    run: Annotated[Path | None, typer.Option(help=RUN_HELP + " Default: runs/search.")] = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+) -> None:
+    """Search an architecture that lives well with few weights (DASS).
+
+    Ends in a folder with genotype.json, cells.svg and report.html. Broken off, even killed, the
+    same command goes on and ends as if nothing had happened. With torchrun it uses all processes.
+
+    Example: **dass search --preset smoke --data digits --run runs/first-search**
+    """
+    with session() as console:
+        from dass import arguments
+        from dass.search_run import search_run
+
+        given = {
+            "strategy": strategy,
+            "density": density,
+            "densities": arguments.densities(densities),
+            "epochs": arguments.epochs(epochs),
+            "batch_size": batch_size,
+            "second_order": second_order,
+            "pattern": pattern,
+            "exclude": tuple(exclude) if exclude else None,
+            "guard": guard,
+            "size": size,
+            "limit": limit,
+            "latency_table": str(latency_table) if latency_table else None,
+        }
+        changes = {key: value for key, value in given.items() if value is not None}
+        config = arguments.search(
+            preset, dataset=data, seed=seed, latency_weight=latency_weight, **changes
+        )
+        folder = run or Path("runs/search")
+        with on_threads(threads), arguments.processes():
+            report = search_run(config, folder, console, fresh=fresh)
+        publish(report, folder, console)
+
+
+@app.command()
+def latency_table(
+    out: Annotated[Path, typer.Option(help="The table's file.")] = Path("runs/latency.json"),
+    preset: Annotated[str, typer.Option(help="Of the search that the table is for.")] = "small",
+    shape: Input = "3x32x32",
+    threads: BenchThreads = 1,
+) -> None:
+    """Time the search space's operations on this machine, dense and sparse, for dass search.
+
+    Holds for this machine, build and number of threads; what is there already is not timed again.
+
+    Example: **dass latency-table --preset small --out runs/latency.json**
+    """
+    with session() as console:
+        from dass import arguments
+        from dass.latency_table import fill_table
+
+        config = arguments.search(preset)
+        count = arguments.at_least_one(threads)
+        table = fill_table(config, arguments.shape(shape), out, count, console)
+        console.print(f"{len(table.rows)} blocks in {out}")
 
 
 @app.command()
 def train(
     network: Annotated[str, typer.Argument(help="A network of the zoo, such as resnet20.")],
     data: Data = "auto",
-    run: Annotated[Path | None, typer.Option(help=_RUN_HELP + " Default: runs/NETWORK.")] = None,
+    run: Annotated[Path | None, typer.Option(help=RUN_HELP + " Default: runs/NETWORK.")] = None,
     width: Annotated[float, typer.Option(help="Multiplies the channel counts.")] = 1.0,
     epochs: Annotated[int, typer.Option(help="Passes over the images.")] = 30,
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
@@ -138,7 +217,7 @@ def train(
 
     Example: **dass train resnet20 --data cifar10 --epochs 30 --run runs/r20**
     """
-    with _session() as console:
+    with session() as console:
         from dass import arguments
         from dass.commands import train_run
 
@@ -153,7 +232,7 @@ def train(
             seed=seed,
         )
         overrides = {} if width == 1.0 else {"width": width}
-        with _threads(threads):
+        with on_threads(threads):
             report = train_run(
                 network,
                 folder,
@@ -165,7 +244,63 @@ def train(
                 overrides=overrides,
                 fresh=fresh,
             )
-        _publish(report, folder, console)
+        publish(report, folder, console)
+
+
+@app.command()
+def sparse(
+    network: Annotated[str, typer.Argument(help="A network of the zoo, such as dass_small.")],
+    method: Annotated[
+        str, typer.Option(help="magnitude, gradual, hydra, snip, rigl or random.")
+    ] = "hydra",
+    sparsity: Annotated[float, typer.Option(help="Share of zeros, in [0, 1).")] = 0.95,
+    recipe: Annotated[
+        str, typer.Option(help="paper, affordable, small (hours on two cores) or smoke.")
+    ] = "small",
+    data: Data = "auto",
+    run: Annotated[
+        Path | None, typer.Option(help=RUN_HELP + " Default: runs/NETWORK-METHOD-SPARSITY.")
+    ] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="uniform, erk, global or lamp. Default: the method's.")
+    ] = None,
+    pattern: Pattern = "unstructured",
+    exclude: Exclude = None,
+    width: Annotated[float, typer.Option(help="Multiplies the channel counts.")] = 1.0,
+    size: Size = None,
+    limit: Limit = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+) -> None:
+    """Train a sparse network from nothing, by a method's stages, on the sparse kernels.
+
+    Ends in a folder with model.safetensors and report.html. Broken off, the same command goes on.
+
+    Example: **dass sparse resnet20 --method rigl --sparsity 0.9 --recipe smoke**
+    """
+    with session() as console:
+        from dass.method_run import method_run
+
+        folder = run or Path("runs") / f"{network}-{method}-{100 * sparsity:.4g}"
+        rule = {"pattern": pattern, "exclude": exclude or []}
+        with on_threads(threads):
+            report = method_run(
+                network,
+                folder,
+                console,
+                method=method,
+                sparsity=sparsity,
+                recipe=recipe,
+                data=data,
+                rule=rule if scope is None else {**rule, "scope": scope},
+                overrides={} if width == 1.0 else {"width": width},
+                size=size,
+                limit=limit,
+                seed=seed,
+                fresh=fresh,
+            )
+        publish(report, folder, console)
 
 
 @app.command()
@@ -181,7 +316,7 @@ def prune(
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
     data: OptionalData = None,
     run: Annotated[
-        Path | None, typer.Option(help=_RUN_HELP + " Default: runs/SOURCE-SPARSITY.")
+        Path | None, typer.Option(help=RUN_HELP + " Default: runs/SOURCE-SPARSITY.")
     ] = None,
     model: Model = None,
     size: Size = None,
@@ -194,13 +329,13 @@ def prune(
 
     Example: **dass prune runs/r20 --sparsity 0.9 --exclude first --exclude last --finetune 5**
     """
-    with _session() as console:
+    with session() as console:
         from dass import arguments
         from dass.commands import prune_run
         from dass.runs import UserError, model_file
 
         file = model_file(source)
-        data, size, limit = _inherit(source, data, size, limit)
+        data, size, limit = inherit(source, data, size, limit)
         if finetune and data is None:
             raise UserError("--finetune needs --data: the network does not say what it learned on")
         stem = file.parent.name if file.name == "model.safetensors" else file.stem
@@ -217,7 +352,7 @@ def prune(
             "exclude": exclude or [],
             "seed": seed,
         }
-        with _threads(threads):
+        with on_threads(threads):
             report = prune_run(
                 source,
                 folder,
@@ -231,7 +366,55 @@ def prune(
                 model=model,
                 fresh=fresh,
             )
-        _publish(report, folder, console)
+        publish(report, folder, console)
+
+
+@app.command()
+def finetune(
+    source: Source,
+    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = 5,
+    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 0.05,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
+    data: OptionalData = None,
+    run: Annotated[
+        Path | None, typer.Option(help=RUN_HELP + " Default: runs/SOURCE-tuned.")
+    ] = None,
+    model: Model = None,
+    size: Size = None,
+    limit: Limit = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+) -> None:
+    """Train a pruned network on, its masks as they are, on the sparse kernels.
+
+    Example: **dass finetune runs/r20-90 --epochs 10 --run runs/r20-90-tuned**
+    """
+    with session() as console:
+        from dass import arguments
+        from dass.commands import finetune_run
+        from dass.runs import UserError, model_file
+
+        file = model_file(source)
+        data, size, limit = inherit(source, data, size, limit)
+        if data is None:
+            raise UserError("--data is needed: the network does not say what it learned on")
+        stem = file.parent.name if file.name == "model.safetensors" else file.stem
+        folder = run or Path("runs") / f"{stem}-tuned"
+        config = arguments.config(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+        with on_threads(threads):
+            report = finetune_run(
+                source,
+                folder,
+                config,
+                console,
+                data=data,
+                size=size,
+                limit=limit,
+                model=model,
+                fresh=fresh,
+            )
+        publish(report, folder, console)
 
 
 @app.command()
@@ -250,13 +433,13 @@ def evaluate(
 
     Example: **dass evaluate runs/r20-90 --batches 1,16**
     """
-    with _session() as console:
+    with session() as console:
         from dass import arguments
         from dass.measurements import evaluate_model
         from dass.runs import model_file
 
         model_file(source)
-        data, size, _ = _inherit(source, data, size, None)
+        data, size, _ = inherit(source, data, size, None)
         report = evaluate_model(
             source,
             console,
@@ -267,7 +450,22 @@ def evaluate(
             batches=arguments.numbers(batches, "--batches") if latency else (),
             num_threads=arguments.at_least_one(threads),
         )
-        _publish(report, out, console)
+        publish(report, out, console)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("runs/plot"),
+) -> None:
+    """Plot accuracy against nonzeros of several runs.
+
+    Example: **dass plot runs/r20 runs/r20-90 runs/r20-95**
+    """
+    with session() as console:
+        from dass.pareto import pareto_report
+
+        publish(pareto_report(runs), out, console)
 
 
 @app.command()
@@ -295,7 +493,7 @@ def bench(
 
     Example: **dass bench mynets.vision:build --input 3x224x224 --sparsities 0.9,0.95**
     """
-    with _session() as console:
+    with session() as console:
         from dass import arguments
         from dass.measurements import bench_model
 
@@ -310,71 +508,4 @@ def bench(
             seconds=seconds,
         )
         folder = out or Path("runs") / f"bench-{network.replace(':', '.')}"
-        _publish(report, folder, console)
-
-
-@contextlib.contextmanager
-def _session() -> Iterator[Console]:
-    """A console, the package's messages on it, and errors as one line and an exit code."""
-    from rich.logging import RichHandler
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
-    log = logging.getLogger("dass")
-    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
-    said: set[str] = set()  # both parts of a data set may say the same
-    handler.addFilter(lambda r: r.getMessage() not in said and not said.add(r.getMessage()))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        with _errors():
-            yield console
-    finally:
-        log.removeHandler(handler)
-
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    from dass.data import DataError
-    from dass.files import FileError
-    from dass.runs import UserError
-    from dass.training import CheckpointError, TrainingError
-
-    err = Console(stderr=True, soft_wrap=True)
-    try:
-        yield
-    except (UserError, DataError, FileError, CheckpointError, TrainingError, OSError) as error:
-        words = " ".join(str(error).split())
-        err.print(f"[red]error:[/] {escape(words)}", highlight=False)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        err.print("stopped; what was done is kept, and the same command goes on from there")
-        raise typer.Exit(130) from None
-
-
-def _publish(report, folder: Path | None, console: Console) -> None:
-    from dass.report import print_report, save_report
-
-    print_report(report, console)
-    if folder is not None:
-        paths = save_report(report, folder)
-        console.print(f"\nreport: {paths['html']} (also .md and .json)", soft_wrap=True)
-
-
-def _inherit(source: str, data: str | None, size: int | None, limit: int | None):
-    """What the run of the source was on, where the command says nothing."""
-    from dass.runs import run_settings
-
-    found = run_settings(source)
-    if data is None and found.get("data") is not None:
-        data, size = found["data"], size or found.get("size")
-        limit = limit or found.get("limit")
-    return data, size, limit
-
-
-def _threads(count: int | None):
-    from dass import arguments
-    from dass.timing import threads
-
-    return threads(arguments.at_least_one(count))
+        publish(report, folder, console)

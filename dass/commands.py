@@ -12,6 +12,7 @@ from torch import nn
 from dass.data import ImageDataset
 from dass.display import Display
 from dass.files import save
+from dass.nn import SparseConv2d, SparseLinear
 from dass.pruning import PruneReport, prune
 from dass.report import Report, Section, Table
 from dass.runs import RunFolder, UserError
@@ -26,7 +27,7 @@ from dass.sources import (
 from dass.tables import count_of, curves, megabytes, percent, times
 from dass.training import Progress, TrainConfig, evaluate, train
 
-__all__ = ["prune_run", "train_run"]
+__all__ = ["finetune_run", "prune_run", "train_run"]
 
 
 def train_run(
@@ -130,6 +131,55 @@ def prune_run(
         result = run.finish("prune", {**result, **count_weights(network)})
         run.drop_checkpoints()
     return _prune_report(source, run, pruning, result)
+
+
+def finetune_run(
+    source: str,
+    folder: Path,
+    config: TrainConfig,
+    console: Console,
+    *,
+    data: str,
+    size: int | None = None,
+    limit: int | None = None,
+    model: str | None = None,
+    fresh: bool = False,
+) -> Report:
+    """Trains a saved sparse network on, its masks as they are, on the sparse kernels.
+
+    Args:
+        source: a run folder or a file of ``dass.save``.
+        data, size, limit: see :func:`dass.data.load`.
+        model: "package.module:function", for a network that is not of the zoo.
+
+    Raises:
+        UserError: no sparse layers, another run's folder. FileError, DataError: the file, the data.
+    """
+    settings = {"command": "finetune", "source": str(source), **vars(config)}
+    settings |= {"data": data, "size": size, "limit": limit}
+    network = load_model(source, model)
+    if not any(isinstance(m, (SparseConv2d, SparseLinear)) for m in network.modules()):
+        raise UserError(f"{source} has no sparse layers: dass prune makes them")
+    images, test = _both_parts(data, size, limit)
+    check_fit(network, images)
+    run = RunFolder(folder, settings, fresh)
+    result = run.stage("finetune")
+    if result is None:
+        before = evaluate(network, test).accuracy
+        result = {"before": before, **_train(network, images, test, config, run, console)}
+        save(network, run.path / "model.safetensors")
+        result |= {"file_bytes": _size(run), **count_weights(network)}
+        result = run.finish("finetune", result)
+        run.drop_checkpoints()
+    figures = [
+        (percent(result["before"]), "accuracy before"),
+        (percent(result["accuracy"]), "accuracy after the last epoch"),
+        (f"{result['nonzeros']:,}", f"of {result['weights']:,} weights, as before"),
+    ]
+    intro = [f"{count_of(config.epochs, 'epoch')} on {result['data']}, {result['seconds']:.0f} s."]
+    title = f"dass finetune: {Path(source).name}"
+    data = {"settings": run.settings, "finetune": result}
+    return Report(title, intro, figures, [_training_section(result)], data)
 
 
 def _prune_report(source: str, run: RunFolder, pruning: PruneReport, result: Mapping) -> Report:

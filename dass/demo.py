@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from dass.convert import densify, sparsify
 from dass.data import Batches, ImageDataset
 from dass.display import Display, Tell
 from dass.files import load, save
+from dass.genotype import Genotype
+from dass.images import resize
 from dass.latency import (
     TOLERANCE,
     compare_layers,
@@ -31,7 +33,9 @@ from dass.latency import (
 )
 from dass.pruning import prune
 from dass.runs import RunFolder, UserError
+from dass.search_run import searched
 from dass.sources import build_network, count_weights, load_data, plain_bytes
+from dass.strategies import preset
 from dass.timing import machine_facts, threads
 from dass.training import Progress, TrainConfig, evaluate, train
 
@@ -61,6 +65,7 @@ class DemoSettings:
         choose_seconds: that ``sparsify`` spends per layer.
         rounds: in which rivals are timed in turn.
         threads: of training; None: one or all, whichever is faster. Latencies are of one thread.
+        search: changes to the preset "smoke" of the search (:mod:`dass.strategies`).
     """
 
     data: str = "auto"
@@ -82,10 +87,12 @@ class DemoSettings:
     choose_seconds: float = 0.02
     rounds: int = 7
     threads: int | None = None
+    search: Mapping[str, object] = field(default_factory=dict)
     seed: int = 0
 
 
 QUICK = DemoSettings(
+    search={"layers": 1, "limit": 128, "epochs": (1, 1, 1)},
     images=600,
     width=0.125,
     epochs=8,
@@ -192,6 +199,7 @@ class _Demo:
             found[f"prune to {label}"] = _Stage(
                 "prune", lambda tell, p=sparsity: self.prune(p, tell), _accuracy_line, 45
             )
+        found["search"] = _Stage("search", self.search, _search_line, 60)
         found["compare results"] = _Stage("check", self.check, _check_line, 20, True)
         found["fine-tuning step"] = _Stage("steps", self.steps, _steps_line, 10, True)
         for batch in s.batches:
@@ -237,6 +245,14 @@ class _Demo:
                     seconds.append(time.perf_counter() - start)
         step_ms = {count: 1e3 * statistics.median(seconds) for count, seconds in taken.items()}
         return {"threads": min(step_ms, key=step_ms.get), "step_ms": step_ms}
+
+    def search(self, tell: Tell) -> dict:
+        """A small search: it shows the way, not a good architecture."""
+        s = self.settings
+        config = preset("smoke", dataset=s.data, seed=s.seed, **s.search)
+        data = self.train_data.subset(min(config.limit, len(self.train_data)))
+        data = replace(data, images=resize(data.images, config.size))
+        return searched(config, data, self.run.path / "search.pt", tell)
 
     def train_dense(self, tell: Tell) -> dict:
         model = self.network()
@@ -382,6 +398,11 @@ def _check_line(result: Mapping) -> str:
 def _steps_line(result: Mapping) -> str:
     rows = result["rows"].items()
     return ", ".join(f"{label} {row['sparse']['sparse']['speedup']:.2f}x" for label, row in rows)
+
+
+def _search_line(result: Mapping) -> str:
+    skips = Genotype.from_json(result["genotype"]).skips()
+    return f"two cells in {result['seconds']:.0f} s, {sum(skips.values())} of 16 edges are skips"
 
 
 def _network_line(result: Mapping) -> str:

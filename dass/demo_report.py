@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from dass.demo import EXCLUDE, EXCLUDE_UNTRAINED
-from dass.report import Plot, Report, Section, Table, machine_table
+from dass.drawing import draw_svg
+from dass.genotype import Genotype
+from dass.report import Drawing, Plot, Report, Section, Table, machine_table
+from dass.search_run import history_section
 from dass.tables import (
     busy,
     count_of,
@@ -43,6 +47,7 @@ def demo_report(results: Mapping) -> Report:
     view = _View(results)
     sections = [
         _accuracy(view),
+        *_search(view),
         _check(view),
         _steps(view),
         *_trained(view),
@@ -205,6 +210,18 @@ def _check(view: _View) -> Section:
         "difference of the logits over the largest logit, must be below 1e-4, or the demo fails.",
     )
     return Section("Same results sparse and dense", text, [Table(columns, rows)])
+
+
+def _search(view: _View) -> Iterator[Section]:
+    for _, found in view.of("search"):
+        genotype = Genotype.from_json(found["genotype"])
+        text = [
+            f"DASS on {found['images']:,} images of {found['data']}, far too short for a good "
+            "architecture: dass search --help has more."
+        ]
+        section = history_section(found["history"], [], "A small search")
+        cells = Drawing("the cells found", draw_svg(genotype))
+        yield replace(section, text=text, items=[cells, *section.items], brief=False)
 
 
 def _steps(view: _View) -> Section:

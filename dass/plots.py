@@ -98,7 +98,7 @@ def to_svg(plot: Plot) -> str:
             axes.legend(frameon=False, fontsize=8.5)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return _embed(out.getvalue())
+    return embed(out.getvalue())
 
 
 def _bars_height(plot: Plot) -> float:
@@ -148,7 +148,7 @@ def _lines(axes, plot: Plot) -> None:
 _DRAW = {"bars": _bars, "lines": _lines}
 
 
-def _embed(svg: str) -> str:
+def embed(svg: str) -> str:
     """The element alone: no prolog, no metadata, no names of schemas, fonts of the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)

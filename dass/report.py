@@ -26,6 +26,7 @@ from dass import plots
 from dass.plots import Plot
 
 __all__ = [
+    "Drawing",
     "Plot",
     "Report",
     "Section",
@@ -72,12 +73,20 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """A picture that is SVG already."""
+
+    title: str
+    svg: str
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading, paragraphs, then tables and plots. The terminal shows only what is `brief`."""
 
     title: str
     text: Sequence[str] = ()
-    items: Sequence[Table | Plot] = ()
+    items: Sequence[Table | Plot | Drawing] = ()
     brief: bool = True
 
 
@@ -238,11 +247,13 @@ def to_html(report: Report) -> str:
     )
 
 
-def _html_item(item: Table | Plot) -> str:
+def _html_item(item: Table | Plot | Drawing) -> str:
     if isinstance(item, Table):
         return _html_table(item)
+    label = html.escape(item.title)
+    if isinstance(item, Drawing):
+        return f'<figure role="img" aria-label="{label}">{plots.embed(item.svg)}</figure>'
     if plots.available():
-        label = html.escape(item.title)
         return f'<figure role="img" aria-label="{label}">{plots.to_svg(item)}</figure>'
     return (
         f'<p class="note">The plot "{html.escape(item.title)}" needs matplotlib: '

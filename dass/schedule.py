@@ -1,5 +1,6 @@
 """Pruning along a schedule, and keeping pruned weights at zero while an optimiser steps."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -79,6 +80,14 @@ class GradualPruner:
         return cubic_sparsity(
             self.steps, self.begin, self.end, self.initial_sparsity, self.final_sparsity
         )
+
+    def forward(self) -> contextlib.AbstractContextManager:
+        """Nothing: the forward pass is the model's own (see `dass.training.Sparsifier`)."""
+        return contextlib.nullcontext()
+
+    def replaces_step(self) -> bool:
+        """False: weights are updated in every step."""
+        return False
 
     def step(self) -> PruneReport | None:
         t, target = self.steps, self.sparsity

@@ -11,19 +11,17 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import pickle
-import signal
-import threading
 import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dass.checkpoints import CheckpointError, deferred_interrupts, read_checkpoint, save_whole
 from dass.data import Augment, Batches, ImageDataset
 from dass.nn import SparseConv2d, SparseLinear
 from dass.schedule import attach_masks
@@ -32,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "Evaluation",
     "Progress",
+    "Sparsifier",
     "TrainConfig",
     "TrainResult",
     "TrainingError",
@@ -48,10 +47,6 @@ class TrainingError(Exception):
     """Training cannot go on: the loss is no longer a number."""
 
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be read, or belongs to another run."""
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """SGD with momentum; the rate rises linearly, then falls along a cosine to 0.
@@ -65,6 +60,10 @@ class TrainConfig:
         warmup: share of all steps in which the rate rises, in [0, 1).
         label_smoothing: in [0, 1).
         augment: random crops of padded images, and mirroring where the data allow it.
+        cutout: side in pixels of the square that is blanked in each augmented image; 0: none.
+        clip: largest norm of all gradients; 0: no limit.
+        auxiliary: weight of the loss of an auxiliary head (a model that returns two logits).
+        drop_path: what ``model.drop_path_prob`` rises to, linearly by epoch, where there is one.
         channels_last: the memory format of a dense model; a pruned model runs in NCHW.
         seed: of order, augmentation and dropout.
 
@@ -80,6 +79,10 @@ class TrainConfig:
     warmup: float = 0.2
     label_smoothing: float = 0.0
     augment: bool = True
+    cutout: int = 0
+    clip: float = 0.0
+    auxiliary: float = 0.4
+    drop_path: float = 0.0
     channels_last: bool = True
     seed: int = 0
 
@@ -92,6 +95,10 @@ class TrainConfig:
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
+            ("cutout", self.cutout >= 0, "at least 0"),
+            ("clip", self.clip >= 0, "at least 0"),
+            ("auxiliary", self.auxiliary >= 0, "at least 0"),
+            ("drop_path", 0 <= self.drop_path < 1, "in [0, 1)"),
         ):
             if not good:
                 raise ValueError(f"{name} must be {needs}, got {getattr(self, name)}")
@@ -102,6 +109,23 @@ class TrainConfig:
         if step < rise:
             return self.lr * (step + 1) / (rise + 1)
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+
+
+class Sparsifier(Protocol):
+    """What changes masks while a model is trained: see :mod:`dass.schedule`, :mod:`dass.rigl`."""
+
+    def forward(self) -> contextlib.AbstractContextManager:
+        """Around a step's forward and backward pass."""
+
+    def replaces_step(self) -> bool:
+        """Whether this step changes the masks instead of the weights."""
+
+    def step(self) -> object:
+        """After the optimiser's step."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -149,6 +173,7 @@ def train(
     test: ImageDataset | None = None,
     checkpoint: str | os.PathLike | None = None,
     on_step: Callable[[Progress], None] | None = None,
+    sparsifier: Callable[[nn.Module, torch.optim.Optimizer, int], Sparsifier] | None = None,
 ) -> TrainResult:
     """Trains `model` in place, on the device where it is.
 
@@ -161,15 +186,18 @@ def train(
             and on Ctrl-C or SIGTERM before KeyboardInterrupt is raised. A finished one makes the
             call return at once with the trained weights loaded. Written whole or not at all.
         on_step: called after each step.
+        sparsifier: (model, optimiser, steps) -> what changes the masks as the training goes on; its
+            state is in the checkpoint.
 
     Raises:
         CheckpointError: the file is damaged, or of another configuration, data set or network.
         TrainingError: the loss became infinite or NaN.
         ValueError: fewer images than classes of the model, or no images.
     """
-    run = _Run(model, data, config, test, Path(checkpoint) if checkpoint is not None else None)
+    path = Path(checkpoint) if checkpoint is not None else None
+    run = _Run(model, data, config, test, path, sparsifier)
     resumed_at = run.resume()
-    with torch.random.fork_rng(devices=[]), _deferred_interrupts() as interrupted:
+    with torch.random.fork_rng(devices=[]), deferred_interrupts() as interrupted:
         if run.random is None:
             torch.manual_seed(config.seed)
         else:
@@ -198,22 +226,24 @@ def evaluate(model: nn.Module, data: ImageDataset, batch_size: int = 250) -> Eva
 class _Run:
     """One training run: everything that a checkpoint holds, and how it advances."""
 
-    def __init__(self, model, data, config: TrainConfig, test, checkpoint: Path | None):
+    def __init__(self, model, data, config: TrainConfig, test, checkpoint: Path | None, sparsifier):
         if len(data) == 0:
             raise ValueError(f"{data.name}: no training images")
         self.model, self.test, self.config, self.path = model, test, config, checkpoint
         self.device = _device(model)
         sparse = any(isinstance(m, (SparseConv2d, SparseLinear)) for m in model.modules())
         self.format = torch.contiguous_format
-        if config.channels_last and not sparse:
+        if config.channels_last and not sparse and sparsifier is None:
             self.format = torch.channels_last
         model.to(memory_format=self.format)
         self.optimizer = _optimizer(model, config)
         if sparse:
             attach_masks(self.optimizer, model)
-        augment = Augment(flip=data.name not in _MIRRORED_IS_ANOTHER) if config.augment else None
+        flip = data.name not in _MIRRORED_IS_ANOTHER
+        augment = Augment(flip=flip, cutout=config.cutout) if config.augment else None
         self.batches = Batches(data, config.batch_size, augment=augment, seed=config.seed)
         self.steps = len(self.batches) * config.epochs
+        self.sparsifier = sparsifier(model, self.optimizer, self.steps) if sparsifier else None
         self.step, self.seconds, self.random = 0, 0.0, None
         self.history: list[dict[str, float]] = []
         self.sums = {"loss": 0.0, "correct": 0, "images": 0, "seconds": 0.0}  # of this epoch
@@ -222,6 +252,10 @@ class _Run:
     def epoch(self, on_step, interrupted: Callable[[], bool]) -> None:
         """The rest of the epoch that the run is in, then its row of the history."""
         self.model.train()
+        if hasattr(self.model, "drop_path_prob"):
+            self.model.drop_path_prob = (
+                self.config.drop_path * len(self.history) / self.config.epochs
+            )
         for x, y in self.batches:
             start = time.perf_counter()
             self._step(x, y)
@@ -243,21 +277,36 @@ class _Run:
             group["lr"] = self.config.lr_at(self.step, self.steps)
         x = x.to(self.device).contiguous(memory_format=self.format)
         y = y.to(self.device)
-        logits = self.model(x)
-        loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} at step {self.step + 1} of {self.steps}: "
-                f"try a learning rate below {self.config.lr}"
-            )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        with self.sparsifier.forward() if self.sparsifier else contextlib.nullcontext():
+            logits, loss = self._loss(x, y)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss is {value} at step {self.step + 1} of {self.steps}: "
+                    f"try a learning rate below {self.config.lr}"
+                )
+            loss.backward()
+        if self.config.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        if not (self.sparsifier and self.sparsifier.replaces_step()):
+            self.optimizer.step()
+        if self.sparsifier:
+            self.sparsifier.step()
         self.step += 1
         self.sums["loss"] += value * len(y)
         self.sums["correct"] += int((logits.argmax(1) == y).sum())
         self.sums["images"] += len(y)
+
+    def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits, loss); an auxiliary head's loss counts ``config.auxiliary`` of the main one."""
+        smoothing = self.config.label_smoothing
+        logits = self.model(x)
+        extra = 0.0
+        if isinstance(logits, tuple):
+            logits, auxiliary = logits
+            extra = self.config.auxiliary * F.cross_entropy(auxiliary, y, label_smoothing=smoothing)
+        return logits, F.cross_entropy(logits, y, label_smoothing=smoothing) + extra
 
     def _progress(self) -> Progress:
         images, epochs = self.sums["images"], self.config.epochs
@@ -300,15 +349,16 @@ class _Run:
             "seconds": self.seconds,
             "sums": self.sums,
             "history": self.history,
+            "sparsifier": self.sparsifier.state_dict() if self.sparsifier else None,
         }
-        _save_whole(state, self.path)
+        save_whole(state, self.path)
         self.saved_at = time.monotonic()
 
     def resume(self) -> int:
         """Takes over the checkpoint if there is one; -> the step it was written at."""
         if self.path is None or not self.path.exists():
             return 0
-        state = _read(self.path)
+        state = read_checkpoint(self.path, _FORMAT)
         mine = self.identity()
         wrong = [
             f"{k} {state['identity'].get(k)}, not {v}"
@@ -321,6 +371,8 @@ class _Run:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.batches.load_state_dict(state["batches"])
+            if self.sparsifier:
+                self.sparsifier.load_state_dict(state["sparsifier"])
         except (KeyError, RuntimeError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise CheckpointError(f"{self.path} is of another network: {first}") from error
@@ -341,54 +393,3 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters(), torch.empty(0)).device
-
-
-def _save_whole(state: dict, path: Path) -> None:
-    """Writes the whole file or none: a kill half-way leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> dict:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read ({first}); delete it to start over") from None
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is no checkpoint of this version; delete it to start over")
-    return state
-
-
-@contextlib.contextmanager
-def _deferred_interrupts() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C or SIGTERM only makes the yielded function true; a second one acts.
-
-    An optimiser step cut in half would leave weights that no straight run has.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread may set handlers
-        return
-    received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handler(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    for number in before:
-        signal.signal(number, handler)
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old if old is not None else signal.SIG_DFL)

@@ -42,6 +42,42 @@ def pruned(trained, tmp_path_factory):
     return folder, output
 
 
+def test_finetune_keeps_the_masks(pruned, tmp_path):
+    folder = tmp_path / "tuned"
+    output = ok("finetune", pruned[0], "--epochs", 1, "--run", folder, "--threads", 1)
+    assert "accuracy after the last epoch" in output
+    before, after = (dass.load(path / "model.safetensors") for path in (pruned[0], folder))
+    masks = dict(before.named_buffers())
+    changed = 0
+    for name, mask in after.named_buffers():
+        if name.endswith("mask"):
+            assert torch.equal(mask, masks[name])
+            weight = after.get_parameter(name[:-4] + "weight")
+            assert bool((weight[~mask] == 0).all())
+            changed += not torch.equal(weight, before.get_parameter(name[:-4] + "weight"))
+    assert changed > 0
+
+
+def test_plot_says_which_runs_are_dominated(trained, pruned, tmp_path):
+    worse = tmp_path / "worse"
+    worse.mkdir()
+    report = json.loads((pruned[0] / "report.json").read_text())
+    report["data"]["prune"]["accuracy"] -= 0.01
+    (worse / "report.json").write_text(json.dumps(report))
+    ok("plot", trained[0], pruned[0], worse, "--out", tmp_path / "plot")
+    found = json.loads((tmp_path / "plot" / "report.json").read_text())["data"]["points"]
+    points = {point["name"]: point for point in found}
+    assert points["r20-80"]["nonzeros"] < points["r20"]["nonzeros"]
+    assert points["r20-80"]["front"] and not points["worse"]["front"]
+    done = dass_("plot", tmp_path)
+    assert done.exit_code == 2 and "has no accuracy and nonzeros" in " ".join(done.output.split())
+
+
+def test_finetune_needs_a_sparse_network(trained, tmp_path):
+    done = dass_("finetune", trained[0], "--run", tmp_path / "x")
+    assert done.exit_code == 2 and "has no sparse layers" in done.output
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -38,11 +38,13 @@ TINY = DemoSettings(
     choose_seconds=0.0,
     rounds=2,
     threads=1,
+    search={"layers": 1, "limit": 48, "batch_size": 8, "epochs": (1, 1, 1), "size": 8},
 )
 STAGES = [
     "train",
     "prune to 90 %",
     "prune to 95 %",
+    "search",
     "compare results",
     "fine-tuning step",
     "ResNet-18, batch 1",
@@ -164,7 +166,7 @@ def test_a_finished_run_is_not_done_again(straight, monkeypatch):
     console = quiet()
     again = run_demo(TINY, folder, console)
     assert again["stages"] == results["stages"]
-    assert "8 of 8 stages are done" in console.file.getvalue()
+    assert "9 of 9 stages are done" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(("stage", "step"), [(0, 5), (1, 2), (2, 4)])

@@ -1,0 +1,111 @@
+"""What an architecture costs, as an expectation under its weights: nonzeros and measured time.
+
+    L = L_val + lambda_t max(0, E[time] - budget) / E_0[time] + lambda_n E[nonzeros] / E_0[nonzeros]
+
+with ``E[c] = sum over cells, edges and choices of weight x c`` (Wu et al. 2019, FBNet, arXiv
+1812.03443, equation 2) and E_0 its value at equal weights, so that lambda has the loss's scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dass.masks import keep_count
+from dass.strategies import SearchConfig
+from dass.supernet import CELLS, MixedOp, Supernet
+
+__all__ = ["Costs", "costs_of", "edge_shapes", "nonzero_costs"]
+
+Table = dict[str, Tensor]  # cell -> [edges, choices]: summed over the cells of that kind
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Cost tables with their lambdas; empty tables cost nothing."""
+
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
+    budgets: Mapping[str, float] = field(default_factory=dict)
+
+    def expected(self, name: str, weights: Mapping[str, Tensor]) -> Tensor:
+        """E[cost], in the table's unit; differentiable by the weights."""
+        return sum((weights[cell] * self.tables[name][cell]).sum() for cell in CELLS)
+
+    def penalty(self, weights: Mapping[str, Tensor]) -> Tensor | float:
+        """What is added to the validation loss."""
+        total = 0.0
+        for name, factor in self.factors.items():
+            if factor:
+                over = self.expected(name, weights) - self.budgets.get(name, 0.0)
+                total = total + factor * over.clamp_min(0) / self._at_start(name)
+        return total
+
+    def report(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Expected cost by name."""
+        with torch.no_grad():
+            return {name: float(self.expected(name, weights)) for name in self.tables}
+
+    def _at_start(self, name: str) -> float:
+        return float(sum(table.mean(-1).sum() for table in self.tables[name].values()))
+
+
+def costs_of(config: SearchConfig, network: Supernet, image: tuple[int, ...]) -> Costs:
+    """The cost tables that a configuration asks for; the nonzeros are always counted."""
+    tables = {"nonzeros": nonzero_costs(network, config.density)}
+    if config.latency_weight:
+        from dass.latency_table import LatencyTable
+
+        table = LatencyTable.load(config.latency_table)
+        tables["time_us"] = table.costs(network, image, config.density)
+    return Costs(
+        tables,
+        {"nonzeros": config.nonzero_weight, "time_us": config.latency_weight},
+        {"time_us": config.latency_budget_us},
+    )
+
+
+def nonzero_costs(network: Supernet, density: float) -> Table:
+    """Kept weights of every choice by the counting rule, summed over the cells of a kind."""
+
+    def count(op: nn.Module, own: float | None) -> int:
+        layers = [m for m in op.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        return sum(keep_count(m.weight.numel(), own or density) for m in layers)
+
+    return sum_over_cells(network, count)
+
+
+def sum_over_cells(network: Supernet, cost) -> Table:
+    """cost(op, density of its choice or None) for each choice of each edge, summed by cell kind."""
+    edges = len(network.cells[0].edges)
+    tables = {cell: torch.zeros(edges, len(network.choices)) for cell in CELLS}
+    for cell in network.cells:
+        for e, edge in enumerate(cell.edges):
+            for c, (op, choice) in enumerate(zip(edge.ops, network.choices, strict=True)):
+                tables[cell.kind][e, c] += cost(op, choice.density)
+    return tables
+
+
+def edge_shapes(network: Supernet, image: tuple[int, ...]) -> dict[MixedOp, tuple[int, ...]]:
+    """The shape [C, H, W] that the operations of every edge get for one image."""
+    shapes: dict[MixedOp, tuple[int, ...]] = {}
+
+    def note(edge: MixedOp, args: tuple) -> None:
+        _, *size = args[0].shape
+        shapes[edge] = (edge.taking_part, *size[1:])
+
+    edges = [e for cell in network.cells for e in cell.edges]
+    handles = [edge.register_forward_pre_hook(note) for edge in edges]
+    was_training = network.training
+    uniform = torch.full((len(network.cells[0].edges), len(network.choices)), 0.0)
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, *image), {cell: uniform for cell in CELLS})
+    finally:
+        for handle in handles:
+            handle.remove()
+        network.train(was_training)
+    return shapes

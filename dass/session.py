@@ -1,0 +1,83 @@
+"""What every command runs in: a console, errors as one line and an exit code, threads."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+__all__ = ["errors", "inherit", "on_threads", "publish", "session"]
+
+
+@contextlib.contextmanager
+def session() -> Iterator[Console]:
+    """A console, the package's messages on it, and errors as one line and an exit code."""
+    from rich.logging import RichHandler
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)
+    log = logging.getLogger("dass")
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    said: set[str] = set()  # both parts of a data set may say the same
+    handler.addFilter(lambda r: r.getMessage() not in said and not said.add(r.getMessage()))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        with errors():
+            yield console
+    finally:
+        log.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def errors() -> Iterator[None]:
+    from dass.data import DataError
+    from dass.files import FileError
+    from dass.runs import UserError
+    from dass.training import CheckpointError, TrainingError
+
+    err = Console(stderr=True, soft_wrap=True)
+    try:
+        yield
+    except (UserError, DataError, FileError, CheckpointError, TrainingError, OSError) as error:
+        words = " ".join(str(error).split())
+        err.print(f"[red]error:[/] {escape(words)}", highlight=False)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        err.print("stopped; what was done is kept, and the same command goes on from there")
+        raise typer.Exit(130) from None
+
+
+def publish(report, folder: Path | None, console: Console) -> None:
+    """Prints a report and writes its files."""
+    from dass.report import print_report, save_report
+
+    print_report(report, console)
+    if folder is not None:
+        paths = save_report(report, folder)
+        console.print(f"\nreport: {paths['html']} (also .md and .json)", soft_wrap=True)
+
+
+def inherit(source: str, data: str | None, size: int | None, limit: int | None):
+    """What the run of the source was on, where the command says nothing."""
+    from dass.runs import run_settings
+
+    found = run_settings(source)
+    if data is None and found.get("data") is not None:
+        data, size = found["data"], size or found.get("size")
+        limit = limit or found.get("limit")
+    return data, size, limit
+
+
+def on_threads(count: int | None):
+    """A block with so many torch threads; None: as they are."""
+    from dass import arguments
+    from dass.timing import threads
+
+    return threads(arguments.at_least_one(count))

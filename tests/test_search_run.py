@@ -1,0 +1,124 @@
+"""``dass search`` and ``dass latency-table``: folders, reports, predictions."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dass
+from dass import cli, search_cost
+from dass.checkpoints import CheckpointError
+from dass.latency_table import LatencyTable, blocks_of
+from dass.strategies import SearchConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = ["--data", "synthetic", "--size", "8", "--limit", "32", "--threads", "1"]
+IMAGE = (3, 8, 8)
+
+
+def ok(*words):
+    done = CliRunner().invoke(cli.app, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A search of a second, by the name of a preset."""
+    tiny = {"channels": 4, "layers": 1, "epochs": (1, 1, 1), "batch_size": 8, "density": 0.1}
+    monkeypatch.setitem(dass.strategies.PRESETS, "smoke", tiny)
+
+
+def test_a_search_leaves_a_folder_and_is_not_repeated(short, tmp_path):
+    folder = tmp_path / "run"
+    command = ["search", "--preset", "smoke", *TINY, "--run", folder]
+    output = ok(*command)
+    assert "prune" in output and "skips in the two cells" in output
+    genotype = dass.Genotype.from_json(folder / "genotype.json")
+    svg = (folder / "cells.svg").read_text()
+    edges = svg.count("data-op=")
+    assert edges == 16 == (folder / "report.html").read_text().count("data-op=")
+    found = json.loads((folder / "report.json").read_text())["data"]
+    assert dass.Genotype.from_json(found["search"]["genotype"]) == genotype
+    assert [row["phase"] for row in found["search"]["history"]] == ["pretrain", "prune", "finetune"]
+    assert found["finetuning_step"]["speedup"] > 0 and found["finetuning_step"]["layers"] > 50
+    assert not list(folder.glob("*.pt"))
+    before = (folder / "stages" / "search.json").read_text()
+    ok(*command)
+    assert (folder / "stages" / "search.json").read_text() == before
+    net = dass.build(genotype, channels=4, layers=3, classes=10)
+    assert net(torch.randn(2, 3, 8, 8))[0].shape[-1] == 10
+
+
+def test_what_the_user_gets_wrong_is_one_line(short, tmp_path):
+    for words, message in (
+        (["--preset", "huge"], "unknown preset 'huge'"),
+        (["--preset", "smoke", "--density", "2"], "density and densities must be in (0, 1]"),
+        (["--preset", "smoke", "--epochs", "1,x,1"], "--epochs must be whole numbers"),
+        (["--preset", "smoke", "--latency-weight", "1"], "latency_weight needs latency_table"),
+    ):
+        done = CliRunner().invoke(cli.app, ["search", *words, *TINY, "--run", str(tmp_path / "x")])
+        assert done.exit_code == 2
+        assert message in " ".join(done.output.split())
+
+
+def test_the_estimate_counts_steps_and_bytes():
+    config = SearchConfig(channels=4, layers=1, batch_size=8, epochs=(2, 1, 3), size=8)
+    data = dass.data.load("synthetic", train=True, size=8, limit=32)
+    guess = search_cost.estimate(config, data)
+    again = search_cost.estimate(SearchConfig(**{**vars(config), "recompute": True}), data)
+    assert guess.seconds > 0 and again.bytes < guess.bytes
+
+
+def test_a_table_measures_what_is_asked_for_and_keeps_it(tmp_path, monkeypatch):
+    table = LatencyTable()
+    first = table.time_us("sep_conv_3x3", (4, 8, 8), 4, density=0.1)
+    assert first > 0
+    monkeypatch.setattr(LatencyTable, "_measure", lambda *args: pytest.fail("measured twice"))
+    assert table.time_us("sep_conv_3x3", (4, 8, 8), 4, density=0.1) == first
+    table.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json").rows == table.rows
+    with pytest.raises(CheckpointError, match="threads 1, not 2"):
+        LatencyTable.load(tmp_path / "table.json", threads=2)
+    (tmp_path / "table.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is no latency table"):
+        LatencyTable.load(tmp_path / "table.json")
+
+
+def test_between_two_densities_the_time_is_interpolated(monkeypatch):
+    times = {0.05: 10.0, 0.1: 20.0, 1.0: 50.0}
+    monkeypatch.setattr(LatencyTable, "_measure", lambda self, *args: times[args[-1]])
+    table = LatencyTable()
+    assert table.time_us("dil_conv_3x3", (4, 8, 8), 4, density=0.075) == pytest.approx(15.0)
+    assert table.time_us("dil_conv_3x3", (4, 8, 8), 4, density=0.05) == 10.0
+    assert table.time_us("max_pool_3x3", (4, 8, 8), 4, density=0.05) == 50.0  # has no weights
+
+
+def test_costs_are_sums_over_the_cells_of_a_kind(monkeypatch):
+    from dass.costs import edge_shapes
+    from dass.supernet import Supernet
+
+    monkeypatch.setattr(LatencyTable, "_measure", lambda self, name, shape, *rest: shape[0])
+    network = Supernet(4, 3, 10)
+    tables = LatencyTable().costs(network, (3, 16, 16), 0.1)
+    channels = {"normal": 0.0, "reduce": 0.0}
+    for edge, shape in edge_shapes(network, (3, 16, 16)).items():
+        kind = next(cell.kind for cell in network.cells if edge in list(cell.edges))
+        channels[kind] += shape[0]
+    for kind, table in tables.items():
+        assert float(table.sum()) == len(network.choices) * channels[kind]
+
+
+def test_the_blocks_of_a_network_are_all_its_modules():
+    genotype = dass.Genotype.random(0)
+    network = dass.build(genotype, channels=4, layers=3, classes=10)
+    blocks = blocks_of(network, (3, 16, 16))
+    names = [block.name for block in blocks]
+    ops = [edge.op for cell in network.cells for edge in cell.edges]
+    assert sorted(n for n in names if n in dass.space.OPS) == sorted(ops)
+    assert names.count("add") == 4 * 3 and names.count("cat") == 3
+    assert names.count("preprocess") + names.count("preprocess_reduce") == 6
+    reduce = [b for b in blocks if b.place.startswith("cells.1.ops") and b.shape[1] == 16]
+    assert reduce and all(b.stride == 2 for b in reduce)
