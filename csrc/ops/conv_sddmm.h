@@ -39,12 +39,12 @@ void sddmm_planes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const
   const int64_t rows = panel_rows(s, cg, 1, sizeof(T), kPlaneBudget);
   const Plane p = make_plane(s, rows, true, lanes, sizeof(T));
   const Entries a = find_entries(m, s, p, 1, s.n * ceil_div(s.oh * s.ow, lanes));
-  SddmmTile<T> t = make_sddmm(m, a.indices, a.offsets, dvalues);
   const int64_t full = ceil_div((rows - 1) * p.stride + s.ow, lanes) * lanes;
-  T* panel = buffer(kPanel).get<T>(cg * p.channel);
-  T* grads = buffer(kOutput).get<T>(og * full);
-  for (int64_t n = 0; n < s.n; ++n)
-    for (int64_t g = 0; g < m.groups; ++g)
+  for_groups(m.groups, [&](int64_t g) {
+    SddmmTile<T> t = make_sddmm(m, a.indices, a.offsets, dvalues);
+    T* panel = buffer(kPanel).get<T>(cg * p.channel);
+    T* grads = buffer(kOutput).get<T>(og * full);
+    for (int64_t n = 0; n < s.n; ++n)
       for (int64_t oy0 = 0; oy0 < s.oh; oy0 += rows) {
         const int64_t count = std::min(rows, s.oh - oy0);
         const T* src = x + (n * s.c + g * cg) * s.h * s.w;
@@ -65,6 +65,7 @@ void sddmm_planes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const
         const int64_t vectors = ceil_div((count - 1) * p.stride + s.ow, lanes);
         run_rows(m, g, t, k.sddmm[a.kind], vectors, tile_vectors(vectors, k.max_sddmm), lanes);
       }
+  });
 }
 
 template <class T>
@@ -73,13 +74,13 @@ void sddmm_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const 
   const int64_t rows = panel_rows(s, cg, lanes, sizeof(T), kLanesBudget);
   const Plane p = make_plane(s, rows, false, 1, sizeof(T) * lanes);
   const Entries a = find_entries(m, s, p, lanes, s.n / lanes * s.oh * s.ow);
-  SddmmTile<T> t = make_sddmm(m, a.indices, a.offsets, dvalues);
-  T* panel = buffer(kPanel).get<T>(cg * p.channel * lanes);
-  t.lddy = rows * s.ow * lanes;
-  T* grads = buffer(kOutput).get<T>(og * t.lddy);
   const int64_t step = tile_vectors(s.ow, k.max_sddmm);
-  for (int64_t n = 0; n < s.n; n += lanes)
-    for (int64_t g = 0; g < m.groups; ++g)
+  for_groups(m.groups, [&](int64_t g) {
+    SddmmTile<T> t = make_sddmm(m, a.indices, a.offsets, dvalues);
+    T* panel = buffer(kPanel).get<T>(cg * p.channel * lanes);
+    t.lddy = rows * s.ow * lanes;
+    T* grads = buffer(kOutput).get<T>(og * t.lddy);
+    for (int64_t n = 0; n < s.n; n += lanes)
       for (int64_t oy0 = 0; oy0 < s.oh; oy0 += rows) {
         const int64_t count = std::min(rows, s.oh - oy0);
         const T* src = x + (n * s.c + g * cg) * s.h * s.w;
@@ -98,6 +99,7 @@ void sddmm_lanes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const 
           run_rows(m, g, t, k.sddmm[a.kind], s.ow, step, lanes);
         }
       }
+  });
 }
 
 // 1x1: tiles of pixels run on from image to image, read in place where a tile lies within one.
@@ -106,10 +108,10 @@ void sddmm_pointwise(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, co
   const int64_t lanes = k.lanes, cg = m.channels(), og = m.group_outputs(), pixels = s.h * s.w;
   const int64_t total = s.n * pixels, vectors = tile_vectors(ceil_div(total, lanes), k.max_sddmm);
   const int64_t width = vectors * lanes;
-  SddmmTile<T> t = make_sddmm<T>(m, m.indices, nullptr, dvalues);
-  T* panel = buffer(kPanel).get<T>(cg * width);
-  T* grads = buffer(kOutput).get<T>(og * width);
-  for (int64_t g = 0; g < m.groups; ++g)
+  for_groups(m.groups, [&](int64_t g) {
+    SddmmTile<T> t = make_sddmm<T>(m, m.indices, nullptr, dvalues);
+    T* panel = buffer(kPanel).get<T>(cg * width);
+    T* grads = buffer(kOutput).get<T>(og * width);
     for (int64_t q0 = 0; q0 < total; q0 += width) {
       const int64_t count = std::min(width, total - q0), n = q0 / pixels, p = q0 % pixels;
       const T* xs = x + g * cg * pixels;
@@ -131,6 +133,7 @@ void sddmm_pointwise(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, co
       }
       run_rows(m, g, t, k.sddmm[kPitch], ceil_div(count, lanes), k.max_sddmm, lanes);
     }
+  });
 }
 
 template <class T>

@@ -93,4 +93,18 @@ void for_channels(int64_t channels, const Fn& fn) {
     torch::stable::parallel_for(0, channels, 1, fn);
 }
 
+// Calls fn(group). Many groups are divided between the threads, and what fn does in parallel is then
+// done by one; a few are shared by all threads, one after the other.
+template <class Fn>
+void for_groups(int64_t groups, const Fn& fn) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1 || groups < 2 * threads) {
+    for (int64_t g = 0; g < groups; ++g) fn(g);
+    return;
+  }
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t g = lo; g < hi; ++g) fn(g);
+  });
+}
+
 }  // namespace dass
