@@ -13,30 +13,26 @@ from pathlib import Path
 import torch
 
 from bench.table import markdown
-from dass.convert import sparsify
 from dass.data import load
 from dass.genotype import Genotype
 from dass.latency_table import LatencyTable
-from dass.pruning import prune
 from dass.search_cost import compare_finetuning
 from dass.strategies import SearchConfig
-from dass.timing import machine_facts, measure
+from dass.timing import machine_facts
 from dass.zoo.darts import build
 
 
 def predictions(count: int, density: float, channels: int, layers: int, size: int) -> list[dict]:
     """Random cells: the time that the table gives, and the network's own."""
     table, rows = LatencyTable(), []
+    table.calibrate(channels, layers, density, (3, size, size))
     for seed in range(count):
         torch.manual_seed(seed)
         network = build(Genotype.random(seed), channels, layers, 10).eval()
-        x = torch.randn(1, 3, size, size)
         predicted = table.predict_us(network, density, (3, size, size))
-        prune(network, 1 - density, method="random", seed=seed)
-        fast, _ = sparsify(network, x, num_threads=1)
-        took = measure({"it": lambda f=fast, x=x: f(x)}, rounds=5, num_threads=1)["it"]
-        error = predicted / took.median_us - 1
-        rows.append({"seed": seed, "predicted_us": predicted, "us": took.median_us, "error": error})
+        took = table.network_us(network, density, (3, size, size), seed)
+        error = predicted / took - 1
+        rows.append({"seed": seed, "predicted_us": predicted, "us": took, "error": error})
     return rows
 
 

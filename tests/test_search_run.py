@@ -96,6 +96,28 @@ def test_between_two_densities_the_time_is_interpolated(monkeypatch):
     assert table.time_us("max_pool_3x3", (4, 8, 8), 4, density=0.05) == 50.0  # has no weights
 
 
+def test_calibration_brings_the_sum_of_the_blocks_to_the_network(monkeypatch):
+    monkeypatch.setattr(LatencyTable, "_measure", lambda self, name, shape, *rest: shape[0])
+    monkeypatch.setattr(LatencyTable, "_glue", lambda self, name, shape, count: 1.0)
+    monkeypatch.setattr(LatencyTable, "network_us", lambda self, *args: 1234.0)
+    table = LatencyTable()
+    table.calibrate(4, 3, 0.1, IMAGE)
+    monkeypatch.undo()
+    monkeypatch.setattr(LatencyTable, "_measure", lambda self, name, shape, *rest: shape[0])
+    monkeypatch.setattr(LatencyTable, "_glue", lambda self, name, shape, count: 1.0)
+    sums = []
+    for seed in (1_000_001, 1_000_002):
+        network = dass.build(dass.Genotype.random(seed), channels=4, layers=3, classes=10)
+        sums.append(table.predict_us(network, 0.1, IMAGE) / table.factor)
+    assert table.factor == pytest.approx(sum(1234.0 / s for s in sums) / 2)
+
+
+def test_a_pruned_network_is_timed():
+    table = LatencyTable()
+    network = dass.build(dass.Genotype.random(0), channels=4, layers=3, classes=10).eval()
+    assert table.network_us(network, 0.2, IMAGE) > 0
+
+
 def test_costs_are_sums_over_the_cells_of_a_kind(monkeypatch):
     from dass.costs import edge_shapes
     from dass.supernet import Supernet
