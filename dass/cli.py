@@ -249,7 +249,10 @@ def train(
 
 @app.command()
 def sparse(
-    network: Annotated[str, typer.Argument(help="A network of the zoo, such as dass_small.")],
+    network: Annotated[
+        str,
+        typer.Argument(help="A network of the zoo, such as dass_small, or a run of dass search."),
+    ],
     method: Annotated[
         str, typer.Option(help="magnitude, gradual, hydra, snip, rigl or random.")
     ] = "hydra",
@@ -267,6 +270,10 @@ def sparse(
     pattern: Pattern = "unstructured",
     exclude: Exclude = None,
     width: Annotated[float, typer.Option(help="Multiplies the channel counts.")] = 1.0,
+    channels: Annotated[
+        int | None, typer.Option(help="Of the first cells, where the network is made of cells.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of cells, likewise.")] = None,
     size: Size = None,
     limit: Limit = None,
     threads: Threads = None,
@@ -281,8 +288,12 @@ def sparse(
     """
     with session() as console:
         from dass.method_run import method_run
+        from dass.sources import searched_cells
 
-        folder = run or Path("runs") / f"{network}-{method}-{100 * sparsity:.4g}"
+        folder = run or Path("runs") / f"{Path(network).name}-{method}-{100 * sparsity:.4g}"
+        given = {"channels": channels, "layers": layers, "width": None if width == 1.0 else width}
+        network, cells = searched_cells(network)
+        overrides = {**cells, **{key: value for key, value in given.items() if value is not None}}
         rule = {"pattern": pattern, "exclude": exclude or []}
         with on_threads(threads):
             report = method_run(
@@ -294,7 +305,7 @@ def sparse(
                 recipe=recipe,
                 data=data,
                 rule=rule if scope is None else {**rule, "scope": scope},
-                overrides={} if width == 1.0 else {"width": width},
+                overrides=overrides,
                 size=size,
                 limit=limit,
                 seed=seed,

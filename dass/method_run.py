@@ -48,10 +48,12 @@ def method_run(
     settings = {"command": "train", "network": network, **overrides, "method": method}
     settings |= {"sparsity": sparsity, "recipe": recipe, **rule, "seed": seed}
     settings |= {"data": data, "size": size, "limit": limit}
-    stages = _stages(method, recipe, sparsity, rule, seed)
+    _stages(method, recipe, sparsity, rule, seed)
     images = load_data(data, train=True, size=size, limit=limit)
     test = load_data(data, train=False, size=size)
     model = build_network(network, len(images.classes), images.shape[0], overrides, seed)
+    own = model.edge_densities() if hasattr(model, "edge_densities") else {}
+    stages = _stages(method, recipe, sparsity, {**rule, "densities": own} if own else rule, seed)
     check_fit(model, images)
     run = RunFolder(folder, settings, fresh)
     results = {stage.name: run.stage(stage.name) for stage in stages}

@@ -6,8 +6,8 @@ their sparse twins in place. `dass.schedule` does it step by step while the mode
 
 import difflib
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from fractions import Fraction
 
@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from dass.masks import (
     SCOPES,
+    keep_count,
     layer_counts,
     norm_kept,
     parse_pattern,
@@ -119,8 +120,13 @@ class Rule:
     pattern: str = "unstructured"
     floor: int | float = 1
     seed: int = 0
+    densities: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
+        if self.densities and (self.scope != "uniform" or parse_pattern(self.pattern).kind == "n:m"):
+            raise ValueError("densities of single layers need scope 'uniform' and no n:m pattern")
+        if any(not 0 < density <= 1 for density in self.densities.values()):
+            raise ValueError(f"densities must be in (0, 1], got {dict(self.densities)}")
         if not callable(self.method) and self.method not in METHODS:
             raise ValueError(
                 f"unknown method {self.method!r}; known: {', '.join(METHODS)}, "
@@ -159,11 +165,21 @@ class Rule:
             caps = [max(1, int(old.sum())) for old in within]
         ranked = scores if self.scope in ("global", "lamp") else None
         counts = layer_counts(shapes, sparsity, self.scope, ranked, self.floor, caps)
+        counts = self._with_densities(units, counts)
         # A pattern that fits has no block across two groups: pattern_mask need not know of them.
         return [
             pattern_mask(score, count / score.numel(), self.pattern_of(unit), within=old)
             for unit, score, count, old in zip(units, scores, counts, within, strict=True)
         ]
+
+    def _with_densities(self, units: "list[Unit]", counts: list[int]) -> list[int]:
+        known = {name: i for i, unit in enumerate(units) for name in unit.names}
+        if unknown := sorted(self.densities.keys() - known.keys()):
+            raise ValueError(f"densities of layers that are not pruned: {', '.join(unknown[:3])}")
+        counts = list(counts)
+        for name, density in self.densities.items():
+            counts[known[name]] = keep_count(units[known[name]].weight.numel(), density)
+        return counts
 
     def _scores(self, unit: "Unit", index: int) -> Tensor:
         weight = unit.weight.detach()
@@ -205,6 +221,7 @@ def prune(
     exclude: str | Iterable[str] = (),
     floor: int | float = 1,
     seed: int = 0,
+    densities: Mapping[str, float] | None = None,
 ) -> PruneReport:
     """Prune `model` in place to `sparsity` in [0, 1) over its Conv2d and Linear weights.
 
@@ -223,6 +240,8 @@ def prune(
         all below it) and the words "depthwise" (groups = in_channels > 1), "first" and "last" (by
         order of registration, over eligible layers). Default none, the setting of the DASS paper.
     floor: the least that a layer keeps, as a count (int) or a density (float in (0, 1)).
+    densities: name of a layer -> its own density in (0, 1], instead of what scope "uniform" gives;
+        what `edge_densities()` of a network of a searched genotype returns.
 
     A module registered under several names stays one module. Layers tied by one weight Parameter
     stay tied, get one mask and count once. Raises ValueError where a weight is also used by a
@@ -230,7 +249,7 @@ def prune(
     reach, a glob that matches nothing, and a model without eligible layer; the model is then
     unchanged.
     """
-    rule = Rule(method, scope, pattern, floor, seed)
+    rule = Rule(method, scope, pattern, floor, seed, densities or {})
     rule.check_sparsity(sparsity)
     units, skipped = find_units(model, exclude)
     masks = rule.masks(units, sparsity)

@@ -58,6 +58,8 @@ class GradualPruner:
         **rule,
     ):
         self._rule = Rule(**rule)
+        if self._rule.densities:
+            raise ValueError("a schedule has one density for all layers: prune takes densities")
         self._rule.check_sparsity(final_sparsity, "final_sparsity")
         self._rule.check_sparsity(initial_sparsity, "initial_sparsity")
         if not 0 <= begin < end or every < 1 or initial_sparsity > final_sparsity:
@@ -102,7 +104,8 @@ class GradualPruner:
 
     def state_dict(self) -> dict:
         keys = ("steps", "final_sparsity", "begin", "end", "every", "initial_sparsity", "monotone")
-        rule = {key: value for key, value in vars(self._rule).items() if key != "method"}
+        apart = ("method", "densities")
+        rule = {key: value for key, value in vars(self._rule).items() if key not in apart}
         return {**{key: getattr(self, key) for key in keys}, **rule}
 
     def load_state_dict(self, state: dict) -> None:

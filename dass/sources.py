@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dass import data, zoo
 from dass.convert import densify
 from dass.files import load
+from dass.genotype import Genotype
 from dass.images import ImageDataset
 from dass.readers import READERS
 from dass.runs import UserError, model_file
@@ -29,6 +30,7 @@ __all__ = [
     "load_data",
     "load_model",
     "plain_bytes",
+    "searched_cells",
     "user_model",
 ]
 
@@ -64,6 +66,22 @@ def build_network(
             return zoo.create(name, classes, in_channels=channels, **overrides)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
+
+
+def searched_cells(network: str) -> tuple[str, dict[str, str]]:
+    """("cells", its override) for a folder or file with a genotype; a name of the zoo as it is.
+
+    Raises:
+        UserError: a path with no genotype.
+    """
+    path = Path(network)
+    if network in zoo.NETWORKS or not path.exists():
+        return network, {}
+    file = path / "genotype.json" if path.is_dir() else path
+    try:
+        return "cells", {"genotype": Genotype.from_json(file).to_json()}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is no genotype: {error}") from None
 
 
 def user_model(name: str) -> nn.Module:

@@ -172,6 +172,7 @@ def test_pruned_and_sparse_give_the_same_logits(name):
     ("name", "overrides"),
     [
         ("dass_small", {"channels": 6, "layers": 4, "auxiliary": True}),
+        ("cells", {"genotype": Genotype.random(4).to_json(), "channels": 4, "layers": 3}),
         ("random_cell", {"seed": 5, "channels": 6, "layers": 4, "stem": "imagenet"}),
     ],
 )

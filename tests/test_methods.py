@@ -256,6 +256,19 @@ def broken_off(model, stage, images, path, step):
     assert path.exists()
 
 
+def test_a_searched_density_per_edge_reaches_the_masks(images):
+    edges = [[("sep_conv_3x3", 0, 0.5), ("skip_connect", 1)]] * 4
+    genotype = dass.Genotype(normal=edges, reduce=edges)
+    network = dass.build(genotype, channels=4, layers=1, classes=10)
+    own = network.edge_densities()
+    for stage in stages_of("hydra", recipe(), 0.9, densities=own):
+        run_stage(network, stage, images)
+    for name, layer in sparse_layers(network).items():
+        density = own.get(name, 0.1)
+        assert int(layer.mask.sum()) == keep_count(layer.weight.numel(), density), name
+    assert len(own) == 4 * 4
+
+
 def test_unknown_words():
     with pytest.raises(ValueError, match="unknown method 'lottery'; known: magnitude"):
         stages_of("lottery", SMOKE, 0.9)

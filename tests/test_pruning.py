@@ -202,6 +202,24 @@ def test_methods(net):
         prune(net, 0.5, method=lambda name, module: module.weight[0])
 
 
+def test_layers_may_have_densities_of_their_own(net):
+    report = prune(net, 0.9, densities={"stem": 0.5, "block.3": 0.25})
+    kept = {row.names[0]: (row.kept, row.weights) for row in report.layers}
+    assert kept["stem"] == (keep_count(kept["stem"][1], 0.5), kept["stem"][1])
+    shared = next(name for name in kept if name in ("block.3", "again"))
+    assert kept[shared][0] == keep_count(kept[shared][1], 0.25)
+    others = [pair for name, pair in kept.items() if name not in ("stem", shared)]
+    assert others and all(k == keep_count(n, 0.1) for k, n in others)
+    for densities, message in (
+        ({"nowhere": 0.5}, "densities of layers that are not pruned: nowhere"),
+        ({"stem": 1.5}, "densities must be in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune(net, 0.9, densities=densities)
+    with pytest.raises(ValueError, match="need scope 'uniform'"):
+        prune(net, 0.9, scope="erk", densities={"stem": 0.5})
+
+
 @pytest.mark.parametrize(
     ("exclude", "left"),
     [

@@ -48,8 +48,13 @@ def test_a_search_leaves_a_folder_and_is_not_repeated(short, tmp_path):
     before = (folder / "stages" / "search.json").read_text()
     ok(*command)
     assert (folder / "stages" / "search.json").read_text() == before
-    net = dass.build(genotype, channels=4, layers=3, classes=10)
-    assert net(torch.randn(2, 3, 8, 8))[0].shape[-1] == 10
+    small = ["--channels", "4", "--layers", "3", "--recipe", "smoke", "--sparsity", "0.8"]
+    ok("sparse", folder, *small, *TINY, "--run", tmp_path / "trained")
+    network = dass.load(tmp_path / "trained" / "model.safetensors")
+    assert network.genotype == genotype and len(network.cells) == 3
+    assert network(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+    missing = CliRunner().invoke(cli.app, ["sparse", str(tmp_path), *small, *TINY])
+    assert missing.exit_code == 2 and "is no genotype" in " ".join(missing.output.split())
 
 
 def test_what_the_user_gets_wrong_is_one_line(short, tmp_path):

@@ -53,6 +53,7 @@ NETWORKS: dict[str, Network] = {
     "efficientnet_lite0": Network("efficientnet_lite", "lite0", 1000, _IMAGENET),
     "efficientnet_v2_s": Network("efficientnet_v2", "small", 1000, _IMAGENET),
     "random_cell": Network("darts", "random_cell", 10, _CIFAR),
+    "cells": Network("darts", "cells", 10, _CIFAR),
     **{name: Network("darts", "found", 10, _CIFAR, {"name": name}) for name in FOUND["networks"]},
 }
 

@@ -258,6 +258,29 @@ def random_cell(
     )  # fmt: skip
 
 
+def cells(
+    num_classes: int,
+    *,
+    genotype: str = "dass_99",
+    in_channels: int = 3,
+    width: float = 1.0,
+    channels: int = 36,
+    layers: int = 20,
+    auxiliary: bool = False,
+    stem: str = "cifar",
+) -> CellNetwork:
+    """A network of any genotype: its JSON (`Genotype.to_json`), or a cell's name in ``found.json``.
+
+    The others are those of `found`.
+    """
+    is_json = genotype.lstrip().startswith("{")
+    return _scaled(
+        Genotype.from_json(genotype) if is_json else found_genotype(genotype),
+        width, channels, layers,
+        num_classes, in_channels=in_channels, auxiliary=auxiliary, stem=stem,
+    )  # fmt: skip
+
+
 def found_genotype(cell: str) -> Genotype:
     """A genotype of ``found.json``.
 
