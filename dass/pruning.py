@@ -123,7 +123,8 @@ class Rule:
     densities: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.densities and (self.scope != "uniform" or parse_pattern(self.pattern).kind == "n:m"):
+        uniform = self.scope == "uniform" and parse_pattern(self.pattern).kind != "n:m"
+        if self.densities and not uniform:
             raise ValueError("densities of single layers need scope 'uniform' and no n:m pattern")
         if any(not 0 < density <= 1 for density in self.densities.values()):
             raise ValueError(f"densities must be in (0, 1], got {dict(self.densities)}")
