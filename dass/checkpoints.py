@@ -13,7 +13,13 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["CheckpointError", "deferred_interrupts", "read_checkpoint", "save_whole"]
+__all__ = [
+    "CheckpointError",
+    "check_identity",
+    "deferred_interrupts",
+    "read_checkpoint",
+    "save_whole",
+]
 
 
 class CheckpointError(Exception):
@@ -48,6 +54,13 @@ def read_checkpoint(path: Path, format: int) -> dict:
     if not isinstance(state, dict) or state.get("format") != format:
         raise CheckpointError(f"{path} is no checkpoint of this version; delete it to start over")
     return state
+
+
+def check_identity(path: Path, found: dict, mine: dict, what: str) -> None:
+    """Raises CheckpointError, naming each difference, unless `found` says what `mine` does."""
+    wrong = [f"{k} {found.get(k)}, not {v}" for k, v in mine.items() if found.get(k) != v]
+    if wrong:
+        raise CheckpointError(f"{path} is of another {what}: it has {'; '.join(wrong)}")
 
 
 @contextlib.contextmanager

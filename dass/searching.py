@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dass.bilevel import dominant_eigenvalue, first_order, second_order
-from dass.checkpoints import deferred_interrupts, read_checkpoint, save_whole
+from dass.checkpoints import check_identity, deferred_interrupts, read_checkpoint, save_whole
 from dass.costs import Costs, costs_of
 from dass.data import Augment, Batches
 from dass.distributed import average, check_equal, follow_rank_zero, rank_and_world
@@ -30,14 +30,13 @@ from dass.sources import load_data
 from dass.sparse_supernet import dress, freeze_masks, set_density, sparse_layers
 from dass.strategies import Phase, SearchConfig, phases_of
 from dass.supernet import Architecture, Supernet, choices_of, still_statistics
-from dass.training import CheckpointError, TrainingError
+from dass.training import MIRRORED_IS_ANOTHER, TrainingError
 
 __all__ = ["SearchProgress", "SearchResult", "Searcher", "search"]
 
 _FORMAT = 1
 _SAVE_EVERY_S = 15.0
 _EIGENVALUE_IMAGES = 64
-_MIRRORED_IS_ANOTHER = {"digits"}
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Searcher:
         self.phases = phases_of(config)
         rank, world = rank_and_world()
         halves = data.split(0.5, seed=config.seed)
-        augment = Augment(flip=data.name not in _MIRRORED_IS_ANOTHER) if config.augment else None
+        augment = Augment(flip=data.name not in MIRRORED_IS_ANOTHER) if config.augment else None
         self.train, self.val = (
             Batches(
                 half,
@@ -374,13 +373,7 @@ class Searcher:
         if self.path is None or not self.path.exists():
             return 0
         state = read_checkpoint(self.path, _FORMAT)
-        wrong = [
-            f"{k} {state['identity'].get(k)}, not {v}"
-            for k, v in self.identity().items()
-            if state["identity"].get(k) != v
-        ]
-        if wrong:
-            raise CheckpointError(f"{self.path} is of another search: it has {'; '.join(wrong)}")
+        check_identity(self.path, state["identity"], self.identity(), "search")
         self.at, self.epochs_done, self.step, self.seconds, self.stopped = state["place"]
         self._enter()
         self.network.load_state_dict(state["network"])

@@ -21,7 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dass.checkpoints import CheckpointError, deferred_interrupts, read_checkpoint, save_whole
+from dass.checkpoints import (
+    CheckpointError,
+    check_identity,
+    deferred_interrupts,
+    read_checkpoint,
+    save_whole,
+)
 from dass.data import Augment, Batches, ImageDataset
 from dass.nn import SparseConv2d, SparseLinear
 from dass.schedule import attach_masks
@@ -40,7 +46,7 @@ __all__ = [
 
 _FORMAT = 1
 _SAVE_EVERY_S = 15.0
-_MIRRORED_IS_ANOTHER = {"digits"}  # data sets in which a mirror image means something else
+MIRRORED_IS_ANOTHER = {"digits"}  # data sets in which a mirror image means something else
 
 
 class TrainingError(Exception):
@@ -239,7 +245,7 @@ class _Run:
         self.optimizer = _optimizer(model, config)
         if sparse:
             attach_masks(self.optimizer, model)
-        flip = data.name not in _MIRRORED_IS_ANOTHER
+        flip = data.name not in MIRRORED_IS_ANOTHER
         augment = Augment(flip=flip, cutout=config.cutout) if config.augment else None
         self.batches = Batches(data, config.batch_size, augment=augment, seed=config.seed)
         self.steps = len(self.batches) * config.epochs
@@ -359,14 +365,7 @@ class _Run:
         if self.path is None or not self.path.exists():
             return 0
         state = read_checkpoint(self.path, _FORMAT)
-        mine = self.identity()
-        wrong = [
-            f"{k} {state['identity'].get(k)}, not {v}"
-            for k, v in mine.items()
-            if state["identity"].get(k) != v
-        ]
-        if wrong:
-            raise CheckpointError(f"{self.path} is of another run: it has {'; '.join(wrong)}")
+        check_identity(self.path, state["identity"], self.identity(), "run")
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
