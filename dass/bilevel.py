@@ -9,7 +9,8 @@ arXiv 1806.09055, equations 6 to 8).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +20,16 @@ __all__ = ["Loss", "dominant_eigenvalue", "first_order", "second_order"]
 Loss = Callable[[], Tensor]  # the loss at the present values of weights and alphas
 
 
-def first_order(val_loss: Loss, alphas: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-    """(L_val, its gradient by alpha) with the weights taken as they are."""
-    loss = val_loss()
-    return loss.item(), _gradients(loss, alphas)
+def first_order(
+    val_loss: Loss, alphas: Sequence[Tensor], weights: Sequence[Tensor] = ()
+) -> tuple[float, list[Tensor]]:
+    """(L_val, its gradient by alpha) with the weights taken as they are.
+
+    weights: whose gradients need not be computed on the way.
+    """
+    with _constant(weights):
+        loss = val_loss()
+        return loss.item(), _gradients(loss, alphas)
 
 
 def second_order(
@@ -68,8 +75,9 @@ def second_order(
         if norm == 0:
             return loss.item(), direct
         eps = radius / float(norm)
-        plus = _moved(train_loss, weights, kept, vector, eps, alphas)
-        minus = _moved(train_loss, weights, kept, vector, -eps, alphas)
+        with _constant(weights):
+            plus = _moved(train_loss, weights, kept, vector, eps, alphas)
+            minus = _moved(train_loss, weights, kept, vector, -eps, alphas)
     finally:
         _restore(weights, kept)
     found = zip(direct, plus, minus, strict=True)
@@ -77,12 +85,18 @@ def second_order(
 
 
 def dominant_eigenvalue(
-    loss: Loss, alphas: Sequence[Tensor], iterations: int = 8, radius: float = 1e-3, seed: int = 0
+    loss: Loss,
+    alphas: Sequence[Tensor],
+    weights: Sequence[Tensor] = (),
+    *,
+    iterations: int = 8,
+    radius: float = 1e-3,
+    seed: int = 0,
 ) -> float:
     """The eigenvalue of largest magnitude of the Hessian of `loss` by alpha, by power iteration.
 
     A sharp optimum of alpha foretells a poor network (Zela et al. 2020, arXiv 1909.09656). Products
-    with the Hessian are central differences of the gradient.
+    with the Hessian are central differences of the gradient. weights: as in :func:`first_order`.
     """
     generator = torch.Generator().manual_seed(seed)
     kept = [a.detach().clone() for a in alphas]
@@ -94,14 +108,28 @@ def dominant_eigenvalue(
             if norm == 0:
                 return 0.0
             vector = [v / norm for v in vector]
-            plus = _moved(loss, alphas, kept, vector, radius, alphas)
-            minus = _moved(loss, alphas, kept, vector, -radius, alphas)
+            with _constant(weights):
+                plus = _moved(loss, alphas, kept, vector, radius, alphas)
+                minus = _moved(loss, alphas, kept, vector, -radius, alphas)
             product = [(p - m) / (2 * radius) for p, m in zip(plus, minus, strict=True)]
             value = float(sum((v * h).sum() for v, h in zip(vector, product, strict=True)))
             vector = product
     finally:
         _restore(alphas, kept)
     return value
+
+
+@contextlib.contextmanager
+def _constant(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Within, the tensors require no gradient, so that a backward pass leaves theirs out."""
+    before = [t.requires_grad for t in tensors]
+    for t in tensors:
+        t.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for t, wanted in zip(tensors, before, strict=True):
+            t.requires_grad_(wanted)
 
 
 def _moved(loss, moving, kept, vector, by: float, wanted) -> list[Tensor]:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from dass.masks import keep_count
 from dass.strategies import SearchConfig
-from dass.supernet import CELLS, MixedOp, Supernet
+from dass.supernet import CELLS, Supernet
 
-__all__ = ["Costs", "costs_of", "edge_shapes", "nonzero_costs"]
+__all__ = ["Costs", "costs_of", "nonzero_costs"]
 
 Table = dict[str, Tensor]  # cell -> [edges, choices]: summed over the cells of that kind
 
@@ -87,25 +87,3 @@ def sum_over_cells(network: Supernet, cost) -> Table:
             for c, (op, choice) in enumerate(zip(edge.ops, network.choices, strict=True)):
                 tables[cell.kind][e, c] += cost(op, choice.density)
     return tables
-
-
-def edge_shapes(network: Supernet, image: tuple[int, ...]) -> dict[MixedOp, tuple[int, ...]]:
-    """The shape [C, H, W] that the operations of every edge get for one image."""
-    shapes: dict[MixedOp, tuple[int, ...]] = {}
-
-    def note(edge: MixedOp, args: tuple) -> None:
-        _, *size = args[0].shape
-        shapes[edge] = (edge.taking_part, *size[1:])
-
-    edges = [e for cell in network.cells for e in cell.edges]
-    handles = [edge.register_forward_pre_hook(note) for edge in edges]
-    was_training = network.training
-    uniform = torch.full((len(network.cells[0].edges), len(network.choices)), 0.0)
-    try:
-        with torch.no_grad():
-            network.eval()(torch.zeros(1, *image), {cell: uniform for cell in CELLS})
-    finally:
-        for handle in handles:
-            handle.remove()
-        network.train(was_training)
-    return shapes

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dass.checkpoints import CheckpointError
 from dass.convert import sparsify
-from dass.costs import edge_shapes, sum_over_cells
+from dass.costs import sum_over_cells
 from dass.display import Display
 from dass.genotype import Genotype
 from dass.pruning import prune
@@ -145,7 +145,7 @@ class LatencyTable:
 
     def costs(self, network: Supernet, image: Shape, density: float) -> dict[str, Tensor]:
         """Cost tables of :class:`dass.costs.Costs`: microseconds per choice of each edge."""
-        shapes = edge_shapes(network, image)
+        shapes = network.edge_shapes(image)
         owner = {id(op): edge for edge in shapes for op in edge.ops}
 
         def cost(op: nn.Module, own: float | None) -> float:
@@ -260,7 +260,7 @@ def fill_table(
     """Measures what the relaxed network of a configuration consists of, and saves it as it goes."""
     table = LatencyTable.load(path, threads=threads)
     network = Supernet(config.channels, config.layers, 10, in_channels=image[0])
-    shapes = edge_shapes(network, image)
+    shapes = network.edge_shapes(image)
     wanted = sorted({(shape, edge.stride) for edge, shape in shapes.items()})
     with Display({"measure": 1}, console) as display, display.stage("measure") as tell:
         for i, (shape, stride) in enumerate(wanted):

@@ -16,8 +16,9 @@ Training with a mask that stands runs on the sparse kernels.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,10 +30,18 @@ from dass.nn import SparseConv2d, SparseLinear
 from dass.pruning import prune
 from dass.rigl import RigL
 from dass.schedule import GradualPruner
-from dass.supernet import still_statistics
 from dass.training import Progress, TrainConfig, TrainResult, train
 
-__all__ = ["METHODS", "RECIPES", "Recipe", "Stage", "run_stage", "snip_scores", "stages_of"]
+__all__ = [
+    "METHODS",
+    "RECIPES",
+    "Recipe",
+    "Stage",
+    "run_stage",
+    "snip_scores",
+    "stages_of",
+    "still_statistics",
+]
 
 _SPARSE = (SparseConv2d, SparseLinear)
 
@@ -235,6 +244,23 @@ def run_stage(
         if isinstance(module, _SPARSE) and bool((module.weight[~module.current_mask()] != 0).any()):
             raise RuntimeError(f"{name}: pruned weights are not zero after the stage {stage.name}")
     return result
+
+
+@contextlib.contextmanager
+def still_statistics(model: nn.Module) -> Iterator[None]:
+    """Within, BatchNorm in training mode leaves its running statistics as they are."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(m.momentum, m.num_batches_tracked) for m in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:
+            norm._buffers["num_batches_tracked"] = norm.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm._buffers["num_batches_tracked"] = count
 
 
 def snip_scores(model: nn.Module, data: ImageDataset, images: int = 128) -> dict[str, Tensor]:

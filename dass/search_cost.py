@@ -58,6 +58,7 @@ def compare_finetuning(config: SearchConfig, data: ImageDataset, rounds: int = 5
         def switch() -> None:
             for layer, was in zip(layers, packed, strict=True):
                 layer.is_packed = was and sparse
+            run.network.skip_dead(sparse)
 
         return switch
 

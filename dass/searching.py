@@ -29,7 +29,7 @@ from dass.images import ImageDataset
 from dass.sources import load_data
 from dass.sparse_supernet import dress, freeze_masks, set_density, sparse_layers
 from dass.strategies import Phase, SearchConfig, phases_of
-from dass.supernet import Architecture, Supernet, choices_of, still_statistics
+from dass.supernet import Architecture, Supernet, choices_of
 from dass.training import MIRRORED_IS_ANOTHER, TrainingError
 
 __all__ = ["SearchProgress", "SearchResult", "Searcher", "search"]
@@ -163,6 +163,7 @@ class Searcher:
                 follow_rank_zero(layer.mask for layer in sparse_layers(self.network))
                 for layer in sparse_layers(self.network):
                     layer.refresh()
+                self.network.skip_dead()
         self.network.train()
         scores = [layer.scores for layer in sparse_layers(self.network) if layer.scores is not None]
         mine = {id(s) for s in scores}
@@ -233,21 +234,21 @@ class Searcher:
 
     def _alpha_step(self, x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor, lr: float) -> None:
         alphas = list(self.architecture.parameters())
-        with still_statistics(self.network):
-            if self.config.second_order:
-                state = self.optimizer.state
-                _, gradients = second_order(
-                    lambda: self._loss(x, y, self.architecture.weights())[0],
-                    lambda: self._val_loss(val_x, val_y),
-                    self.weights,
-                    alphas,
-                    lr,
-                    momenta=[state[w].get("momentum_buffer") for w in self.weights],
-                    momentum=self.config.momentum,
-                    weight_decay=self.config.weight_decay,
-                )
-            else:
-                _, gradients = first_order(lambda: self._val_loss(val_x, val_y), alphas)
+        if self.config.second_order:
+            state = self.optimizer.state
+            _, gradients = second_order(
+                lambda: self._loss(x, y, self.architecture.weights())[0],
+                lambda: self._val_loss(val_x, val_y),
+                self.weights,
+                alphas,
+                lr,
+                momenta=[state[w].get("momentum_buffer") for w in self.weights],
+                momentum=self.config.momentum,
+                weight_decay=self.config.weight_decay,
+            )
+        else:
+            weights = list(self.network.parameters())
+            _, gradients = first_order(lambda: self._val_loss(val_x, val_y), alphas, weights)
         average(gradients)
         for alpha, gradient in zip(alphas, gradients, strict=True):
             alpha.grad = gradient
@@ -338,11 +339,11 @@ class Searcher:
         if not self.phase.alphas or not every or epoch % every:
             return None
         x, y = _first_images(self.val.data, _EIGENVALUE_IMAGES)
-        with still_statistics(self.network):
-            return dominant_eigenvalue(
-                lambda: self._loss(x, y, self.architecture.weights())[0],
-                list(self.architecture.parameters()),
-            )
+        return dominant_eigenvalue(
+            lambda: self._loss(x, y, self.architecture.weights())[0],
+            list(self.architecture.parameters()),
+            list(self.network.parameters()),
+        )
 
     def identity(self) -> dict:
         """What must agree for a checkpoint to be of this search."""

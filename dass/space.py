@@ -74,20 +74,39 @@ class FactorizedReduce(nn.Module):
             raise ValueError(f"cout must be at least 2, got {cout}")
         self.relu = nn.ReLU()
         self.conv1 = nn.Conv2d(cin, cout // 2, 1, stride=2, bias=False)
-        self.bn1 = nn.BatchNorm2d(cout // 2, affine=affine)
+        self.bn1 = norm(cout // 2, affine)
         self.shift = nn.ZeroPad2d((-1, 1, -1, 1))
         self.conv2 = nn.Conv2d(cin, cout - cout // 2, 1, stride=2, bias=False)
-        self.bn2 = nn.BatchNorm2d(cout - cout // 2, affine=affine)
+        self.bn2 = norm(cout - cout // 2, affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(x)
+        return self.after_relu(self.relu(x))
+
+    def after_relu(self, x: Tensor) -> Tensor:
+        """The operation on what its ReLU gave."""
         return torch.cat([self.bn1(self.conv1(x)), self.bn2(self.conv2(self.shift(x)))], dim=1)
 
 
-def relu_conv_bn(cin: int, cout: int, kernel: int = 1, affine: bool = True) -> nn.Sequential:
+class ReLUFirst(nn.Sequential):
+    """A chain whose first module is a ReLU, which several chains on one input may share."""
+
+    def after_relu(self, x: Tensor) -> Tensor:
+        """The operation on what its ReLU gave."""
+        for module in list(self)[1:]:
+            x = module(x)
+        return x
+
+
+def norm(channels: int, affine: bool) -> nn.BatchNorm2d:
+    """A final network's BatchNorm; without `affine` the search's, which has no state at all and
+    normalises by its batch in both modes."""
+    return nn.BatchNorm2d(channels, affine=affine, track_running_stats=affine)
+
+
+def relu_conv_bn(cin: int, cout: int, kernel: int = 1, affine: bool = True) -> ReLUFirst:
     """ReLU, convolution of stride 1, BatchNorm: what brings a cell's inputs to its channels."""
     conv = nn.Conv2d(cin, cout, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(cout, affine=affine))
+    return ReLUFirst(nn.ReLU(), conv, norm(cout, affine))
 
 
 def _separable(channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> list:
@@ -97,7 +116,7 @@ def _separable(channels: int, kernel: int, stride: int, dilation: int, affine: b
         channels, channels, kernel, stride, padding, dilation, groups=channels, bias=False
     )
     pointwise = nn.Conv2d(channels, channels, 1, bias=False)
-    return [nn.ReLU(), depthwise, pointwise, nn.BatchNorm2d(channels, affine=affine)]
+    return [nn.ReLU(), depthwise, pointwise, norm(channels, affine)]
 
 
 Builder = Callable[..., nn.Module]
@@ -108,7 +127,7 @@ def _sep_conv(kernel: int) -> Builder:
 
     def build(channels: int, stride: int, affine: bool = True, pool_norm: bool = False):
         first = _separable(channels, kernel, stride, 1, affine)
-        return nn.Sequential(*first, *_separable(channels, kernel, 1, 1, affine))
+        return ReLUFirst(*first, *_separable(channels, kernel, 1, 1, affine))
 
     return build
 
@@ -117,7 +136,7 @@ def _dil_conv(kernel: int) -> Builder:
     """ReLU, depthwise of dilation 2, 1x1, BatchNorm."""
 
     def build(channels: int, stride: int, affine: bool = True, pool_norm: bool = False):
-        return nn.Sequential(*_separable(channels, kernel, stride, 2, affine))
+        return ReLUFirst(*_separable(channels, kernel, stride, 2, affine))
 
     return build
 
@@ -132,7 +151,7 @@ def _pool(kind: str) -> Builder:
             pool = nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
         if not pool_norm:
             return pool
-        return nn.Sequential(pool, nn.BatchNorm2d(channels, affine=False))
+        return nn.Sequential(pool, norm(channels, affine=False))
 
     return build
 

@@ -10,18 +10,31 @@ The architecture parameters (alphas) are no part of the network: an optimiser of
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dass.genotype import CELLS, Edge, Genotype
-from dass.space import CONCAT, EDGES, INPUTS, NODES, OPS, FactorizedReduce, edge_index, relu_conv_bn
+from dass.live import LiveOp, live_op
+from dass.mixing import Term, mix
+from dass.space import (
+    CONCAT,
+    EDGES,
+    INPUTS,
+    NODES,
+    OPS,
+    FactorizedReduce,
+    Zero,
+    edge_ends,
+    edge_index,
+    relu_conv_bn,
+)
 
-__all__ = ["CELLS", "Architecture", "Choice", "Supernet", "choices_of", "still_statistics"]
+__all__ = ["CELLS", "Architecture", "Candidates", "Choice", "Supernet", "choices_of"]
 
 Weights = dict[str, Tensor]
 
@@ -88,34 +101,58 @@ class Architecture(nn.Module):
         return tuple(nodes)
 
 
-class MixedOp(nn.Module):
-    """``sum_i weight_i op_i(x)``; with ``partial`` = p only the first C / p channels take part
-    (Xu et al. 2020, PC-DARTS, arXiv 1907.05737), and the channels are then interleaved."""
+class Candidates(nn.Module):
+    """The operations of one edge, in the order of the choices; ``stride`` is theirs."""
 
-    def __init__(self, channels: int, stride: int, choices: Sequence[Choice], partial: int):
+    def __init__(self, ops: Sequence[nn.Module], stride: int):
         super().__init__()
-        self.taking_part, self.stride = channels // partial, stride
-        self.ops = nn.ModuleList()
-        for choice in choices:
-            op = OPS[choice.op](self.taking_part, stride, affine=False, pool_norm=True)
-            op.choice_density = choice.density
-            self.ops.append(op)
-        self.pool = nn.MaxPool2d(2) if stride == 2 and partial > 1 else nn.Identity()
+        self.ops, self.stride = nn.ModuleList(ops), stride
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        if self.taking_part == x.size(1):
-            return self._mix(x, weights)
-        mixed = self._mix(x[:, : self.taking_part], weights)
-        out = torch.cat([mixed, self.pool(x[:, self.taking_part :])], 1)
-        parts = out.size(1) // self.taking_part
-        return out.unflatten(1, (parts, self.taking_part)).transpose(1, 2).flatten(1, 2)
 
-    def _mix(self, x: Tensor, weights: Tensor) -> Tensor:
-        return sum(w * op(x) for w, op in zip(weights, self.ops, strict=True))
+class _Sources:
+    """What the operations of a cell read, and what has been computed of it, in one forward pass.
+
+    Edges from the same source share what does not depend on the edge: the pools, which have no
+    weights, and the ReLU that convolutions begin with.
+    """
+
+    def __init__(self, taking_part: int, live: Mapping[nn.Module, LiveOp]):
+        self.taking_part, self.live = taking_part, live
+        self.states: list[Tensor] = []
+        self.parts: list[Tensor] = []
+        self.done: dict[object, Tensor] = {}
+
+    def add(self, state: Tensor) -> None:
+        self.states.append(state)
+        whole = state.size(1) == self.taking_part
+        self.parts.append(state if whole else state[:, : self.taking_part])
+
+    def once(self, key: object, function: Callable[[Tensor], Tensor], source: int) -> Tensor:
+        if (key, source) not in self.done:
+            self.done[key, source] = function(self.parts[source])
+        return self.done[key, source]
+
+    def term(self, op: nn.Module, source: int, place: int) -> Term | None:
+        """op(source), weighted by the place's weight; None if it is zero."""
+        if isinstance(op, Zero):
+            return None
+        if not hasattr(op, "after_relu"):
+            return Term(self.once(op, op, source), place)
+        x = self.once("relu", F.relu, source)
+        live = self.live.get(op)
+        if live is None:
+            return Term(op.after_relu(x), place)
+        y = live.after_relu(x)
+        return None if y is None else Term(y, place, live.live)
 
 
 class SearchCell(nn.Module):
-    """Two inputs, four nodes; a node is the sum of its edges, the output all nodes side by side."""
+    """Two inputs, four nodes; a node is the sum of its edges, the output all nodes side by side.
+
+    An edge is ``sum_i weight_i op_i(source)``. With ``partial`` = p only the first C / p channels
+    take part (Xu et al. 2020, PC-DARTS, arXiv 1907.05737); the others are added up as they are,
+    and both are then interleaved.
+    """
 
     def __init__(
         self,
@@ -128,6 +165,7 @@ class SearchCell(nn.Module):
     ):
         super().__init__()
         self.kind = "reduce" if reduction else "normal"
+        self.channels, self.taking_part = channels, channels // partial
         first = FactorizedReduce if after_reduction else relu_conv_bn
         self.inputs = nn.ModuleList(
             [
@@ -135,24 +173,65 @@ class SearchCell(nn.Module):
                 relu_conv_bn(before[1], channels, affine=False),
             ]
         )
-        self.edges = nn.ModuleList(
-            MixedOp(channels, 2 if reduction and source < INPUTS else 1, choices, partial)
-            for node in CONCAT
-            for source in range(node)
-        )
+        self.live: dict[nn.Module, LiveOp] = {}
+        self.edges = nn.ModuleList()
+        shared: dict[tuple[int, int], nn.Module] = {}
+        for node in CONCAT:
+            for source in range(node):
+                stride = 2 if reduction and source < INPUTS else 1
+                ops = [self._candidate(choice, stride) for choice in choices]
+                for c, op in enumerate(ops):
+                    if not any(True for _ in op.parameters()):
+                        ops[c] = shared.setdefault((source, c), op)
+                self.edges.append(Candidates(ops, stride))
+
+    def _candidate(self, choice: Choice, stride: int) -> nn.Module:
+        op = OPS[choice.op](self.taking_part, stride, affine=False, pool_norm=True)
+        op.choice_density = choice.density
+        return op
 
     def forward(self, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-        states = [self.inputs[0](a), self.inputs[1](b)]
+        """a, b: outputs of the cell before the last and of the last; weights [14, choices]."""
+        sources = _Sources(self.taking_part, self.live)
+        sources.add(self.inputs[0](a))
+        sources.add(self.inputs[1](b))
         for node in CONCAT:
-            edges = [edge_index(node, source) for source in range(node)]
-            states.append(
-                sum(self.edges[e](x, weights[e]) for e, x in zip(edges, states, strict=True))
-            )
-        return torch.cat(states[INPUTS:], 1)
+            mixed = self._mixed(sources, node, weights)
+            if self.taking_part < self.channels:
+                mixed = self._interleaved(mixed, sources, node)
+            sources.add(mixed)
+        return torch.cat(sources.states[INPUTS:], 1)
+
+    def _mixed(self, sources: _Sources, node: int, weights: Tensor) -> Tensor:
+        terms = []
+        for source in range(node):
+            edge = edge_index(node, source)
+            for c, op in enumerate(self.edges[edge].ops):
+                term = sources.term(op, source, edge * weights.size(1) + c)
+                if term is not None:
+                    terms.append(term)
+        batch, _, height, width = sources.states[0].shape
+        stride = self.edges[edge_index(node, 0)].stride
+        shape = (batch, self.taking_part, -(-height // stride), -(-width // stride))
+        return mix(weights.reshape(-1), terms, shape)
+
+    def _interleaved(self, mixed: Tensor, sources: _Sources, node: int) -> Tensor:
+        def rest(source: int) -> Tensor:
+            x = sources.states[source][:, self.taking_part :]
+            return F.max_pool2d(x, 2, ceil_mode=True) if x.shape[2:] != mixed.shape[2:] else x
+
+        for source in range(node):
+            sources.done.setdefault(("rest", source), rest(source))
+        others = sum(sources.done["rest", source] for source in range(node))
+        out = torch.cat([mixed, others], 1)
+        parts = self.channels // self.taking_part
+        return out.unflatten(1, (parts, self.taking_part)).transpose(1, 2).flatten(1, 2)
 
 
 class Supernet(nn.Module):
     """The search network: stem, cells with reductions at 1/3 and 2/3 of the depth, classifier.
+
+    BatchNorms normalise by their batch, in eval mode too: there are no running statistics.
 
     Args:
         channels: of the first cells (C); they double at each reduction.
@@ -161,7 +240,7 @@ class Supernet(nn.Module):
         choices: candidates of every edge; default all operations, without densities.
         in_channels: of the images.
         stem: the stem has ``stem * channels`` channels.
-        partial: see :class:`MixedOp`; must divide channels.
+        partial: see :class:`SearchCell`; must divide channels.
         recompute: keep only each cell's inputs for the backward pass and compute the rest again:
             memory of one cell instead of all, for a third more time.
 
@@ -188,10 +267,12 @@ class Supernet(nn.Module):
         if partial < 1 or channels % partial:
             raise ValueError(f"partial must divide channels, got {partial} and {channels}")
         self.choices = tuple(choices or choices_of())
-        self.layers, self.recompute = layers, recompute
+        self.layers, self.recompute, self.skips_dead = layers, recompute, False
+        self.register_load_state_dict_post_hook(_loaded)
         width = stem * channels
         self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width, track_running_stats=False),
         )
         self.cells = nn.ModuleList()
         before, reduced = (width, width), False
@@ -214,22 +295,30 @@ class Supernet(nn.Module):
     def _run(self, cell: SearchCell, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
         if not self.recompute or not torch.is_grad_enabled():
             return cell(a, b, weights)
-        again = lambda: (contextlib.nullcontext(), still_statistics(cell))  # noqa: E731
-        return checkpoint(cell, a, b, weights, use_reentrant=False, context_fn=again)
+        return checkpoint(cell, a, b, weights, use_reentrant=False)
+
+    def skip_dead(self, skip: bool = True) -> None:
+        """Computes only channels that are not zero and matter, as the frozen masks now have it.
+
+        See :mod:`dass.live`. To be called again when a mask was changed; loading a state dict does.
+        """
+        self.skips_dead = skip
+        for cell in self.cells:
+            found = {op: live_op(op) for edge in cell.edges for op in edge.ops} if skip else {}
+            cell.live = {op: live for op, live in found.items() if live is not None}
+
+    def edge_shapes(self, image: Sequence[int]) -> dict[Candidates, tuple[int, int, int]]:
+        """The shape [C, H, W] that the operations of every edge get for one image [C, H, W]."""
+        height, width = image[1:]
+        shapes = {}
+        for cell in self.cells:
+            small = (-(-height // 2), -(-width // 2)) if cell.kind == "reduce" else (height, width)
+            for edge, candidates in enumerate(cell.edges):
+                size = (height, width) if edge_ends(edge)[1] < INPUTS else small
+                shapes[candidates] = (cell.taking_part, *size)
+            height, width = small
+        return shapes
 
 
-@contextlib.contextmanager
-def still_statistics(model: nn.Module) -> Iterator[None]:
-    """Within, BatchNorm in training mode leaves its running statistics as they are."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    before = [(m.momentum, m.num_batches_tracked) for m in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-        if norm.num_batches_tracked is not None:
-            norm._buffers["num_batches_tracked"] = norm.num_batches_tracked.clone()
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-            norm._buffers["num_batches_tracked"] = count
+def _loaded(network: Supernet, _) -> None:
+    network.skip_dead(network.skips_dead)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,14 @@ import dass
 from dass import cli
 from dass.data import Batches
 from dass.masks import keep_count
-from dass.methods import METHODS, RECIPES, run_stage, snip_scores, stages_of
+from dass.methods import (
+    METHODS,
+    RECIPES,
+    run_stage,
+    snip_scores,
+    stages_of,
+    still_statistics,
+)
 from dass.nn import SparseConv2d, SparseLinear
 from dass.pruning import prune
 from dass.rigl import RigL, dense_gradients, drop_and_grow
@@ -294,3 +302,16 @@ def test_the_command(tmp_path):
     assert again.exit_code == 0 and "pretrain, prune, finetune done" in again.output
     wrong = CliRunner().invoke(cli.app, [*words[:4], "--method", "luck", "--data", "synthetic"])
     assert wrong.exit_code == 2 and "known: magnitude" in " ".join(wrong.output.split())
+
+
+def test_still_statistics_restores_even_after_an_error():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    norm = network[1]
+    before = norm.running_mean.clone()
+    with pytest.raises(RuntimeError, match="stop"), still_statistics(network):
+        network(torch.randn(2, 3, 4, 4))
+        raise RuntimeError("stop")
+    assert torch.equal(norm.running_mean, before) and int(norm.num_batches_tracked) == 0
+    network(torch.randn(2, 3, 4, 4))
+    assert norm.momentum == 0.1 and int(norm.num_batches_tracked) == 1
+    assert not math.isclose(float(norm.running_mean.sum()), float(before.sum()))

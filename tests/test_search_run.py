@@ -124,14 +124,13 @@ def test_a_pruned_network_is_timed():
 
 
 def test_costs_are_sums_over_the_cells_of_a_kind(monkeypatch):
-    from dass.costs import edge_shapes
     from dass.supernet import Supernet
 
     monkeypatch.setattr(LatencyTable, "_measure", lambda self, name, shape, *rest: shape[0])
     network = Supernet(4, 3, 10)
     tables = LatencyTable().costs(network, (3, 16, 16), 0.1)
     channels = {"normal": 0.0, "reduce": 0.0}
-    for edge, shape in edge_shapes(network, (3, 16, 16)).items():
+    for edge, shape in network.edge_shapes((3, 16, 16)).items():
         kind = next(cell.kind for cell in network.cells if edge in list(cell.edges))
         channels[kind] += shape[0]
     for kind, table in tables.items():
