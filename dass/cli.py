@@ -125,8 +125,22 @@ def search(
     latency_table: Annotated[
         Path | None, typer.Option(help="A file of dass latency-table, for the price of time.")
     ] = None,
+    latency_limit: Annotated[
+        float | None,
+        typer.Option(help="Most time that the operations found may take, in microseconds."),
+    ] = None,
+    nonzero_limit: Annotated[
+        int | None, typer.Option(help="Most weights that the operations found may have.")
+    ] = None,
     guard: Annotated[
         str | None, typer.Option(help="At a sign of collapse: warn, stop, off.")
+    ] = None,
+    selection: Annotated[
+        str | None,
+        typer.Option(
+            help="What picks operations at the end: alpha, perturbation (the loss without each), "
+            "guarded (perturbation at a sign of collapse)."
+        ),
     ] = None,
     size: Size = None,
     limit: Limit = None,
@@ -156,9 +170,12 @@ def search(
             "pattern": pattern,
             "exclude": tuple(exclude) if exclude else None,
             "guard": guard,
+            "selection": selection,
             "size": size,
             "limit": limit,
             "latency_table": str(latency_table) if latency_table else None,
+            "latency_limit_us": latency_limit,
+            "nonzero_limit": nonzero_limit,
         }
         changes = {key: value for key, value in given.items() if value is not None}
         config = arguments.search(

@@ -4,19 +4,23 @@
 
 with ``E[c] = sum over cells, edges and choices of weight x c`` (Wu et al. 2019, FBNet, arXiv
 1812.03443, equation 2) and E_0 its value at equal weights, so that lambda has the loss's scale.
+Limits are hard: they hold for the genotype found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from dass.genotype import CELLS, Genotype
 from dass.masks import keep_count
+from dass.runs import UserError
+from dass.space import CONCAT, edge_index
 from dass.strategies import SearchConfig
-from dass.supernet import CELLS, Supernet
+from dass.supernet import Architecture, Choice, Supernet
 
 __all__ = ["Costs", "costs_of", "nonzero_costs"]
 
@@ -30,6 +34,7 @@ class Costs:
     tables: Mapping[str, Table] = field(default_factory=dict)
     factors: Mapping[str, float] = field(default_factory=dict)
     budgets: Mapping[str, float] = field(default_factory=dict)
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     def expected(self, name: str, weights: Mapping[str, Tensor]) -> Tensor:
         """E[cost], in the table's unit; differentiable by the weights."""
@@ -49,6 +54,51 @@ class Costs:
         with torch.no_grad():
             return {name: float(self.expected(name, weights)) for name in self.tables}
 
+    def of(self, name: str, genotype: Genotype, choices: Sequence[Choice]) -> float:
+        """The cost of the operations of a genotype, in all cells of the search's depth."""
+        total = 0.0
+        for cell in CELLS:
+            for node, edges in zip(CONCAT, getattr(genotype, cell), strict=True):
+                for edge in edges:
+                    row = self.tables[name][cell][edge_index(node, edge.input)]
+                    total += float(row[choices.index(Choice(edge.op, edge.density))])
+        return total
+
+    def genotype(self, architecture: Architecture) -> Genotype:
+        """The strongest genotype within the limits.
+
+        ``log p - mu sum_l c_l / limit_l`` takes the place of ``log p``, with the least mu, to a
+        thousandth, whose genotype is within all limits.
+
+        Raises:
+            UserError: not even the cheapest operations are within a limit.
+        """
+        limits = {name: limit for name, limit in self.limits.items() if limit}
+        if not limits:
+            return architecture.genotype()
+
+        def found(mu: float) -> Genotype:
+            prices = {
+                cell: mu * sum(self.tables[n][cell] / limit for n, limit in limits.items())
+                for cell in CELLS
+            }
+            return architecture.genotype(prices)
+
+        def excess(genotype: Genotype) -> dict[str, float]:
+            costs = {name: self.of(name, genotype, architecture.choices) for name in limits}
+            return {name: cost for name, cost in costs.items() if cost > limits[name]}
+
+        if not excess(found(0.0)):
+            return found(0.0)
+        low, high = 1e-9, 1e9
+        if over := excess(found(high)):
+            name, least = next(iter(over.items()))
+            raise UserError(f"a limit of {limits[name]:g} {name} is below the least, {least:g}")
+        while high > 1.001 * low:
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if excess(found(middle)) else (low, middle)
+        return found(high)
+
     def _at_start(self, name: str) -> float:
         return float(sum(table.mean(-1).sum() for table in self.tables[name].values()))
 
@@ -56,7 +106,7 @@ class Costs:
 def costs_of(config: SearchConfig, network: Supernet, image: tuple[int, ...]) -> Costs:
     """The cost tables that a configuration asks for; the nonzeros are always counted."""
     tables = {"nonzeros": nonzero_costs(network, config.density)}
-    if config.latency_weight:
+    if config.latency_weight or config.latency_limit_us:
         from dass.latency_table import LatencyTable
 
         table = LatencyTable.load(config.latency_table)
@@ -65,6 +115,7 @@ def costs_of(config: SearchConfig, network: Supernet, image: tuple[int, ...]) ->
         tables,
         {"nonzeros": config.nonzero_weight, "time_us": config.latency_weight},
         {"time_us": config.latency_budget_us},
+        {"nonzeros": config.nonzero_limit, "time_us": config.latency_limit_us},
     )
 
 

@@ -135,6 +135,11 @@ class Genotype:
             shares[cell] = sum(free) / len(free)
         return shares
 
+    def differences(self, other: Genotype) -> int:
+        """How many of the 16 edges are not, at the same node, among those of the other."""
+        mine, theirs = (g.normal + g.reduce for g in (self, other))
+        return sum(edge not in at for node, at in zip(mine, theirs, strict=True) for edge in node)
+
     def _edges(self, cell: str) -> list[Edge]:
         return [edge for node in getattr(self, cell) for edge in node]
 

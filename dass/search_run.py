@@ -84,6 +84,7 @@ def searched(config: SearchConfig, data: ImageDataset, checkpoint: Path, tell: T
         "history": result.history,
         "seconds": result.seconds,
         "stopped": result.stopped,
+        "selection": result.selection,
         "processes": rank_and_world()[1],
     }
 
@@ -100,6 +101,12 @@ def _report(
     signs = [f"epoch {row['epoch']}: {sign}" for row in found["history"] for sign in row["signs"]]
     if found["stopped"]:
         intro.append(f"Stopped early. {found['stopped'].capitalize()}.")
+    if found["selection"] == "perturbation":
+        alphas = Genotype.from_json(found["history"][-1]["genotype"])
+        intro.append(
+            f"Selected by perturbation; {genotype.differences(alphas)} of 16 edges are not those "
+            "of the largest alphas."
+        )
     figures = []
     if step is not None:
         figures.append((times(step["speedup"]), "a fine-tuning step on sparse kernels"))

@@ -26,6 +26,8 @@ from dass.distributed import average, check_equal, follow_rank_zero, rank_and_wo
 from dass.genotype import Genotype
 from dass.guards import signs_of_collapse
 from dass.images import ImageDataset
+from dass.perturbation import select_by_perturbation
+from dass.search_sums import EpochSums, entropy, kept_share
 from dass.sources import load_data
 from dass.sparse_supernet import dress, freeze_masks, set_density, sparse_layers
 from dass.strategies import Phase, SearchConfig, phases_of
@@ -60,6 +62,8 @@ class SearchResult:
         the architecture steps), val_accuracy, entropy of the softmaxed alphas in nats, skips,
         eigenvalue (or None), signs of collapse, genotype, seconds.
     stopped: the sign of collapse that ended the search early, or None.
+    selection: "alpha" or "perturbation": how the genotype was chosen; the last genotype of the
+        history is that of the alphas.
     """
 
     genotype: Genotype
@@ -68,6 +72,7 @@ class SearchResult:
     seconds: float
     resumed_at: int = 0
     stopped: str | None = None
+    selection: str = "alpha"
 
 
 def search(
@@ -102,8 +107,9 @@ def search(
         resumed_at = run.resume()
         while run.phase is not None and run.stopped is None:
             run.epoch(on_step, interrupted)
+    genotype, selection = run.select(on_step)
     return SearchResult(
-        run.architecture.genotype(), config, run.history, run.seconds, resumed_at, run.stopped
+        genotype, config, run.history, run.seconds, resumed_at, run.stopped, selection
     )
 
 
@@ -115,6 +121,7 @@ class Searcher:
         self.network, self.architecture = build(config, data)
         self.costs: Costs = costs_of(config, self.network, data.shape)
         self.phases = phases_of(config)
+        self.genotype()  # a limit that cannot be kept is an error now, not at the end
         rank, world = rank_and_world()
         halves = data.split(0.5, seed=config.seed)
         augment = Augment(flip=data.name not in MIRRORED_IS_ANOTHER) if config.augment else None
@@ -132,7 +139,7 @@ class Searcher:
         )
         self.at, self.epochs_done, self.step = 0, 0, 0
         self.seconds, self.history, self.stopped = 0.0, [], None
-        self.sums = _Sums()
+        self.sums = EpochSums()
         self.saved_at = time.monotonic()
         self.alpha_optimizer = torch.optim.Adam(
             self.architecture.parameters(),
@@ -141,7 +148,8 @@ class Searcher:
             weight_decay=config.alpha_weight_decay,
         )
         follow_rank_zero([*self.network.state_dict().values(), *self.architecture.parameters()])
-        self._enter()
+        if self.phases:
+            self._enter(self.phases[0])
 
     @property
     def phase(self) -> Phase | None:
@@ -151,11 +159,8 @@ class Searcher:
     def steps(self) -> int:
         return len(self.train) * sum(phase.epochs for phase in self.phases)
 
-    def _enter(self) -> None:
+    def _enter(self, phase: Phase) -> None:
         """Brings the network into the phase's form and makes the phase's optimiser."""
-        phase = self.phase
-        if phase is None:
-            return
         if phase.sparse:
             dress(self.network, self.config)
             if phase.frozen:
@@ -220,7 +225,7 @@ class Searcher:
     def skip_to(self, phase: int) -> None:
         """Enters a phase without what comes before it."""
         self.at, self.epochs_done = phase, 0
-        self._enter()
+        self._enter(self.phase)
 
     def _loss(self, x: Tensor, y: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits = self.network(x, weights)
@@ -254,14 +259,15 @@ class Searcher:
             alpha.grad = gradient
         self.alpha_optimizer.step()
 
-    def _weight_step(self, x: Tensor, y: Tensor) -> None:
-        weights = {cell: w.detach() for cell, w in self.architecture.weights().items()}
+    def _weight_step(self, x: Tensor, y: Tensor, weights: dict[str, Tensor] | None = None) -> None:
+        if weights is None:
+            weights = {cell: w.detach() for cell, w in self.architecture.weights().items()}
         loss, logits = self._loss(x, y, weights)
         value = loss.item()
         if value != value or value in (float("inf"), float("-inf")):
             raise TrainingError(
-                f"the loss is {value} in phase {self.phase.name}, step {self.step + 1}: "
-                f"try a learning rate below {self.phase.lr}"
+                f"the loss is {value} in step {self.step + 1}: try a learning rate below "
+                f"{self.optimizer.param_groups[0]['lr']:g}"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -294,7 +300,7 @@ class Searcher:
 
     def _close_epoch(self, lr: float) -> None:
         phase, sums = self.phase, self.sums
-        genotype = self.architecture.genotype()
+        genotype = self.genotype()
         eigenvalue = self._eigenvalue()
         found = [row["eigenvalue"] for row in self.history if row["eigenvalue"] is not None]
         found += [eigenvalue] if eigenvalue is not None else []
@@ -307,12 +313,12 @@ class Searcher:
                 "phase": phase.name,
                 "epoch": len(self.history) + 1,
                 "lr": lr,
-                "density": _kept_share(layers),
+                "density": kept_share(layers),
                 "train_loss": sums.loss / sums.images,
                 "train_accuracy": sums.correct / sums.images,
                 "val_loss": sums.val_loss / sums.val_images if sums.val_images else None,
                 "val_accuracy": sums.val_correct / sums.val_images if sums.val_images else None,
-                "entropy": _entropy(self.architecture),
+                "entropy": entropy(self.architecture),
                 "eigenvalue": eigenvalue,
                 "expected_cost": self.costs.report(self.architecture.weights()),
                 "signs": signs,
@@ -326,13 +332,50 @@ class Searcher:
         )
         follow_rank_zero(self.network.buffers())
         self.seconds += sums.seconds
-        self.sums = _Sums()
+        self.sums = EpochSums()
         self.epochs_done += 1
         if signs and self.config.guard == "stop":
             self.stopped = signs[0]
         elif self.epochs_done == phase.epochs:
             self.at, self.epochs_done = self.at + 1, 0
-            self._enter()
+            if self.phase is not None:
+                self._enter(self.phase)
+
+    def genotype(self) -> Genotype:
+        """The strongest by the alphas, within the limits."""
+        return self.costs.genotype(self.architecture)
+
+    def select(self, on_step=None) -> tuple[Genotype, str]:
+        """The genotype, and how it was chosen: see `selection` of SearchConfig."""
+        last = self.history[-1] if self.history else None
+        collapsed = last is not None and bool(last["signs"])
+        wanted = self.config.selection
+        if wanted == "alpha" or (wanted == "guarded" and not collapsed):
+            return self.genotype(), "alpha"
+        x, y = _first_images(self.val.data, self.config.selection_images)
+
+        def loss(weights: dict[str, Tensor]) -> float:
+            with torch.no_grad():
+                return self._loss(x, y, weights)[0].item()
+
+        def tell(done: int, decisions: int) -> None:
+            if on_step and last is not None:
+                seen = last["train_loss"], last["train_accuracy"]
+                on_step(SearchProgress(self.step, self.steps, "select", done, decisions, *seen))
+
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), lr=self.config.lr_min, momentum=self.config.momentum
+        )
+        batches = _endless(self.train)
+
+        def tune(weights: dict[str, Tensor]) -> None:
+            for _ in range(self.config.selection_steps):
+                self._weight_step(*next(batches), weights)
+
+        found = select_by_perturbation(
+            self.architecture, loss, tune=tune, tell=tell, seed=self.config.seed
+        )
+        return found, "perturbation"
 
     def _eigenvalue(self) -> float | None:
         every, epoch = self.config.eigenvalue_every, len(self.history) + 1
@@ -376,7 +419,7 @@ class Searcher:
         state = read_checkpoint(self.path, _FORMAT)
         check_identity(self.path, state["identity"], self.identity(), "search")
         self.at, self.epochs_done, self.step, self.seconds, self.stopped = state["place"]
-        self._enter()
+        self._enter(self.phase or self.phases[-1])
         self.network.load_state_dict(state["network"])
         self.architecture.load_state_dict(state["architecture"])
         if self.phase:
@@ -384,33 +427,8 @@ class Searcher:
         self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
         self.train.load_state_dict(state["train"])
         self.val.load_state_dict(state["val"])
-        self.history, self.sums = state["history"], _Sums(**state["sums"])
+        self.history, self.sums = state["history"], EpochSums(**state["sums"])
         return self.step
-
-
-@dataclass
-class _Sums:
-    """Of the epoch so far."""
-
-    loss: float = 0.0
-    correct: int = 0
-    images: int = 0
-    batches: int = 0
-    val_loss: float = 0.0
-    val_correct: int = 0
-    val_images: int = 0
-    seconds: float = 0.0
-
-    def add(self, loss: float, correct: int, images: int) -> None:
-        self.loss += loss * images
-        self.correct += correct
-        self.images += images
-        self.batches += 1
-
-    def add_val(self, loss: float, correct: int, images: int) -> None:
-        self.val_loss += loss * images
-        self.val_correct += correct
-        self.val_images += images
 
 
 def build(config: SearchConfig, data: ImageDataset) -> tuple[Supernet, Architecture]:
@@ -438,18 +456,3 @@ def _endless(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
 def _first_images(data: ImageDataset, count: int) -> tuple[Tensor, Tensor]:
     index = torch.arange(min(count, len(data)))
     return data.normalise(data.images[index]), data.labels[index]
-
-
-def _kept_share(layers) -> float:
-    kept, weights = 0, 0
-    for layer in layers:
-        kept += int(layer.current_mask().sum())
-        weights += layer.weight.numel()
-    return kept / weights if weights else 1.0
-
-
-@torch.no_grad()
-def _entropy(architecture: Architecture) -> float:
-    """Mean over the edges of ``-sum p log p``, in nats; ln(choices) at the start."""
-    p = torch.cat(list(architecture.weights().values()))
-    return float(-(p * p.clamp_min(1e-12).log()).sum(-1).mean())

@@ -39,8 +39,15 @@ class SearchConfig:
         latency_budget_us: least penalised expected time; 0: all of it counts.
         latency_table: a file of ``dass latency-table``; needed where latency_weight > 0.
         nonzero_weight: the same lambda for the expected number of nonzero weights.
+        latency_limit_us, nonzero_limit: the most that the operations of the genotype found may cost
+            in a network of the search's channels and layers; 0: no limit.
         guard: "warn", "stop" or "off": what a sign of collapse does (:mod:`dass.guards`).
         eigenvalue_every: epochs between measurements of the Hessian's eigenvalue; 0: never.
+        selection: what makes a genotype of the relaxed network: "alpha" (the strongest),
+            "perturbation" (:mod:`dass.perturbation`), or "guarded" (by perturbation if the last
+            epoch showed a sign of collapse).
+        selection_images: validation images that a perturbation is measured on.
+        selection_steps: steps of the weights after each decision of a selection by perturbation.
         seed: of weights, alphas, order and augmentation.
 
     Raises:
@@ -74,8 +81,13 @@ class SearchConfig:
     latency_budget_us: float = 0.0
     latency_table: str | None = None
     nonzero_weight: float = 0.0
+    latency_limit_us: float = 0.0
+    nonzero_limit: int = 0
     guard: str = "warn"
     eigenvalue_every: int = 0
+    selection: str = "alpha"
+    selection_images: int = 256
+    selection_steps: int = 0
     augment: bool = True
     seed: int = 0
 
@@ -88,6 +100,12 @@ class SearchConfig:
             (in_unit, "density and densities must be in (0, 1]"),
             (self.schedule in ("jump", "cubic"), "schedule must be jump or cubic"),
             (self.guard in ("warn", "stop", "off"), "guard must be warn, stop or off"),
+            (
+                self.selection in ("alpha", "perturbation", "guarded"),
+                "selection must be alpha, perturbation or guarded",
+            ),
+            (self.selection_images >= 1, "selection_images must be at least 1"),
+            (self.selection_steps >= 0, "selection_steps must be at least 0"),
             (len(self.epochs) == 3 and min(self.epochs) >= 0, "epochs must be three, 0 or more"),
             (len(self.lr) == 3 and min(self.lr) > 0, "lr must be three, greater than 0"),
             (self.batch_size >= 1, "batch_size must be at least 1"),
@@ -97,8 +115,17 @@ class SearchConfig:
             (self.latency_weight >= 0 and self.nonzero_weight >= 0, "weights must be at least 0"),
             (self.eigenvalue_every >= 0, "eigenvalue_every must be at least 0"),
             (
-                self.latency_weight == 0 or self.latency_table is not None,
-                "latency_weight needs latency_table (dass latency-table makes one)",
+                self.latency_weight == self.latency_limit_us == 0 or self.latency_table is not None,
+                "latency_weight and latency_limit_us need latency_table (dass latency-table makes "
+                "one)",
+            ),
+            (
+                self.latency_limit_us >= 0 and self.nonzero_limit >= 0,
+                "latency_limit_us and nonzero_limit must be at least 0",
+            ),
+            (
+                self.selection == "alpha" or self.latency_limit_us == self.nonzero_limit == 0,
+                "limits hold for selection alpha only",
             ),
         ):
             if not good:

@@ -79,15 +79,21 @@ class Architecture(nn.Module):
         """softmax(alpha) per edge: ``{"normal": [14, choices], "reduce": ...}``."""
         return {cell: getattr(self, cell).softmax(-1) for cell in CELLS}
 
-    def genotype(self) -> Genotype:
-        """Per node the two incoming edges whose best choice other than none is strongest."""
-        return Genotype(**{cell: self._derive(cell) for cell in CELLS})
+    def genotype(self, prices: Mapping[str, Tensor] | None = None) -> Genotype:
+        """Per node the two incoming edges whose best choice other than none is strongest.
+
+        prices: ``[14, choices]`` per cell, taken off the logarithms of the softmaxed alphas.
+        """
+        return Genotype(**{cell: self._derive(cell, prices) for cell in CELLS})
 
     @torch.no_grad()
-    def _derive(self, cell: str):
-        weights = getattr(self, cell).softmax(-1).clone()
-        weights[:, [i for i, choice in enumerate(self.choices) if choice.op == "none"]] = -1
-        strongest, best = weights.max(-1)
+    def _derive(self, cell: str, prices: Mapping[str, Tensor] | None):
+        strength = getattr(self, cell).log_softmax(-1)
+        strength = strength - prices[cell] if prices else strength.clone()
+        strength[
+            :, [i for i, choice in enumerate(self.choices) if choice.op == "none"]
+        ] = -torch.inf
+        strongest, best = strength.max(-1)
         nodes = []
         for node in CONCAT:
             order = sorted(

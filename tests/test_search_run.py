@@ -62,7 +62,10 @@ def test_what_the_user_gets_wrong_is_one_line(short, tmp_path):
         (["--preset", "huge"], "unknown preset 'huge'"),
         (["--preset", "smoke", "--density", "2"], "density and densities must be in (0, 1]"),
         (["--preset", "smoke", "--epochs", "1,x,1"], "--epochs must be whole numbers"),
-        (["--preset", "smoke", "--latency-weight", "1"], "latency_weight needs latency_table"),
+        (
+            ["--preset", "smoke", "--latency-weight", "1"],
+            "latency_weight and latency_limit_us need",
+        ),
     ):
         done = CliRunner().invoke(cli.app, ["search", *words, *TINY, "--run", str(tmp_path / "x")])
         assert done.exit_code == 2

@@ -16,8 +16,10 @@ from dass import data
 from dass.checkpoints import CheckpointError
 from dass.genotype import Genotype
 from dass.guards import signs_of_collapse
-from dass.masks import keep_count
+from dass.masks import keep_count, pattern_fits, pattern_mask
+from dass.runs import UserError
 from dass.searching import Searcher, search
+from dass.space import CONCAT, edge_index
 from dass.sparse_supernet import densities_of, sparse_layers
 from dass.strategies import PRESETS, STRATEGIES, SearchConfig, phases_of, preset
 
@@ -162,6 +164,23 @@ def test_densities_of_choices_and_exclusion(images):
         assert layer.groups == 1 if hasattr(layer, "groups") else True
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "4x1", "32x2"])
+def test_a_search_under_a_pattern(pattern, images):
+    """Layers that the pattern fits obey it, the others are unstructured; all keep their number."""
+    density = 0.5 if pattern == "2:4" else 0.1
+    config = replace(TINY, pattern=pattern, density=density, channels=32, epochs=(0, 1, 1))
+    network = finished(config, images).network
+    obeying = 0
+    for layer in sparse_layers(network):
+        groups = getattr(layer, "groups", 1)
+        fits = pattern_fits(layer.weight.shape, pattern, groups)
+        assert layer.pattern == (pattern if fits else "unstructured")
+        again = pattern_mask(layer.mask.double(), density, layer.pattern, groups=groups)
+        assert torch.equal(again, layer.mask)
+        obeying += fits
+    assert obeying > 50
+
+
 def test_costs_pull_the_architecture(images):
     """With a heavy price on nonzeros the expected number falls by more than without."""
     ends = {}
@@ -170,6 +189,46 @@ def test_costs_pull_the_architecture(images):
         config = replace(config, nonzero_weight=weight)
         ends[weight] = finished(config, images).history[-1]["expected_cost"]["nonzeros"]
     assert ends[10.0] < 0.9 * ends[0.0]
+
+
+def test_a_limit_of_nonzeros_holds_for_the_genotype(images):
+    config = replace(TINY, strategy="darts", epochs=(1, 0, 0))
+    free = Searcher(config, images, None)
+    with torch.no_grad():  # dear operations are the strongest, by amounts that differ
+        costs = free.costs.tables["nonzeros"]
+        for cell, alpha in free.architecture.named_parameters():
+            alpha.copy_(torch.rand(alpha.shape) + 0.01 * costs[cell])
+    state = free.architecture.state_dict()
+    spent = free.costs.of("nonzeros", free.genotype(), free.network.choices)
+    assert free.genotype() == free.architecture.genotype() and spent > 100
+    before, strength = free.genotype(), {}
+    for limit in (int(0.9 * spent), int(0.5 * spent), 20):
+        run = Searcher(replace(config, nonzero_limit=limit), images, None)
+        run.architecture.load_state_dict(state)
+        genotype = run.genotype()
+        assert run.costs.of("nonzeros", genotype, run.network.choices) <= limit
+        assert genotype != before
+        before = genotype
+        strength[limit] = sum(
+            float(run.architecture.weights()[cell][edge_index(node, edge.input), c].detach().log())
+            for cell in ("normal", "reduce")
+            for node, edges in zip(CONCAT, getattr(genotype, cell), strict=True)
+            for edge in edges
+            for c in [[choice.op for choice in run.network.choices].index(edge.op)]
+        )
+    assert list(strength.values()) == sorted(strength.values(), reverse=True)
+    result = search(replace(config, nonzero_limit=50), data=images)
+    assert Searcher(config, images, None).costs.of(
+        "nonzeros", result.genotype, free.network.choices
+    ) <= 50  # fmt: skip
+
+
+def test_a_limit_that_no_network_keeps_is_an_error_at_once(images, monkeypatch):
+    run = Searcher(replace(TINY, nonzero_limit=1), images, None)  # pools have no weights
+    dear = {cell: table + 1 for cell, table in run.costs.tables["nonzeros"].items()}
+    costs = replace(run.costs, tables={"nonzeros": dear})
+    with pytest.raises(UserError, match="a limit of 1 nonzeros is below the least, 16"):
+        costs.genotype(run.architecture)
 
 
 def broken_off(config, images, path, after: int) -> None:
@@ -320,7 +379,9 @@ def test_two_ranks_hold_the_same_network(tmp_path):
         ({"densities": (0.5, 2)}, r"density and densities must be in \(0, 1\]"),
         ({"epochs": (1, 1)}, "epochs must be three"),
         ({"guard": "maybe"}, "guard must be warn, stop or off"),
-        ({"latency_weight": 1.0}, "latency_weight needs latency_table"),
+        ({"latency_weight": 1.0}, "latency_weight and latency_limit_us need"),
+        ({"latency_limit_us": 9.0}, "latency_weight and latency_limit_us need"),
+        ({"nonzero_limit": 9, "selection": "guarded"}, "limits hold for selection alpha only"),
         ({"pattern": "3x3"}, "pattern"),
         ({"schedule": "linear"}, "schedule must be jump or cubic"),
     ],
