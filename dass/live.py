@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dass.nn import SparseConv2d
+from dass.nn import SparseConv2d, depthwise_suits_kernels
 from dass.space import FactorizedReduce, ReLUFirst
 from dass_kernels import build_pattern, choose_format, conv2d_values, conv_spec, flat_index
 
@@ -32,14 +32,17 @@ class _Step:
     """A convolution between the living channels alone.
 
     conv: whose weights. gather: where its kept values lie in the weight. index, spec: of the small
-    convolution for :func:`dass_kernels.conv2d_values`. inputs: channels to take from what comes in,
-    None: all. rectified: a ReLU comes before. eps: of the BatchNorm after it, None: none.
+    convolution for :func:`dass_kernels.conv2d_values`; without an index it is dense, its weight of
+    the shape dense. inputs: channels to take from what comes in, None: all. rectified: a ReLU comes
+    before. eps: of the BatchNorm after it, None: none.
     """
 
     conv: SparseConv2d
     gather: Tensor
-    index: Tensor
+    index: Tensor | None
     spec: list[int]
+    dense: torch.Size
+    groups: int
     inputs: Tensor | None
     rectified: bool
     eps: float | None
@@ -50,7 +53,11 @@ class _Step:
         if self.rectified:
             x = F.relu(x)
         values = self.conv.weight.view(-1).index_select(0, self.gather)
-        x = conv2d_values(x, values, self.index, self.spec)
+        if self.index is not None:
+            x = conv2d_values(x, values, self.index, self.spec)
+        else:
+            how = self.conv.stride, self.conv.padding, self.conv.dilation, self.groups
+            x = F.conv2d(x, values.view(self.dense), None, *how)
         if self.eps is None:
             return x
         return F.batch_norm(x, None, None, training=True, eps=self.eps)
@@ -85,8 +92,7 @@ class LiveOp:
 def live_op(op: nn.Module) -> LiveOp | None:
     """The living part of an operation of :data:`dass.space.OPS` with frozen masks.
 
-    None if there is nothing to gain or to tell: no sparse convolution, or one that does not run on
-    the sparse kernels.
+    None if there is nothing to gain: no weight is pruned, or a mask is still being learned.
     """
     if isinstance(op, ReLUFirst):
         chains = [(list(op)[1:], False, 0)]
@@ -96,7 +102,9 @@ def live_op(op: nn.Module) -> LiveOp | None:
     else:
         return None
     convs = [m for modules, _, _ in chains for m in modules if isinstance(m, nn.Conv2d)]
-    if not all(isinstance(m, SparseConv2d) and m.scores is None and m.is_packed for m in convs):
+    if not all(isinstance(m, SparseConv2d) and m.scores is None and m.weight.is_cpu for m in convs):
+        return None
+    if all(bool(m.mask.all()) for m in convs):
         return None
     branches, live = [], []
     for modules, shifted, start in chains:
@@ -158,9 +166,11 @@ def _step(
         mask, places, groups = conv.mask[rows], places[rows], len(rows)
     else:
         mask, places, groups = conv.mask[rows][:, columns], places[rows][:, columns], 1
-    mask = mask.contiguous()
-    index = build_pattern(mask, choose_format(mask, groups), groups)
-    gather = places.reshape(-1).index_select(0, flat_index(index))
+    mask, places = mask.contiguous(), places.reshape(-1)
+    index, suits = None, depthwise and depthwise_suits_kernels(groups, conv.dilation)
+    if suits or not bool(mask.all()):
+        index = build_pattern(mask, choose_format(mask, groups), groups)
+        places = places.index_select(0, flat_index(index))
     select = columns if first and not bool(inputs.all()) else None
     spec = conv_spec(mask.shape, conv.stride, conv.padding, conv.dilation)
-    return _Step(conv, gather, index, spec, select, rectified, eps)
+    return _Step(conv, places, index, spec, mask.shape, groups, select, rectified, eps)

@@ -114,7 +114,7 @@ class SparseLayer(nn.Module):
     _index: Tensor | None = None  # int32, dass_kernels' pattern; None: not built (meta tensors)
     _format = "csr"
     _flat: tuple[int, int] = (0, 0)  # start and length of the gather order in _index
-    is_packed = False  # runs the sparse ops while frozen; else masked-dense
+    is_packed = False  # runs the sparse ops while frozen; else (full masks, mostly) dense
     _mask_version: int | None = None
 
     def _start(self, density: float, pattern: str) -> None:
@@ -180,7 +180,15 @@ class SparseLayer(nn.Module):
             self._index = build_pattern(host, self._format, groups).to(mask.device)
             flat = flat_index(self._index)
         self._flat = (flat.storage_offset(), flat.numel())
-        self.is_packed = _has_kernels(mask.device)
+        self.is_packed = self._runs_packed(mask.device)
+
+    def _runs_packed(self, device: torch.device) -> bool:
+        full = self._flat[1] == self.weight.numel()
+        return _has_kernels(device) and (not full or self._suits_kernels())
+
+    def _suits_kernels(self) -> bool:
+        """Whether the kernels are the faster ones for a dense weight too."""
+        return False
 
     def _sync(self) -> None:
         """Builds the indices again if ``mask`` no longer is what they were built from.
@@ -381,7 +389,7 @@ class SparseLayer(nn.Module):
             self._index, self.is_packed = None, False
         elif self._index is not None and self._index.device != mask.device:
             self._index = self._index.to(mask.device)
-            self.is_packed = _has_kernels(mask.device)
+            self.is_packed = self._runs_packed(mask.device)
         return self
 
     def _load_from_state_dict(

@@ -734,3 +734,38 @@ def test_ddp_with_masks_of_other_sizes_at_the_start(tmp_path):
         assert torch.equal(value, state1[key])
         if key in dense:
             assert_close(value, dense[key])
+
+
+@pytest.mark.parametrize(("channels", "dilation"), [(6, 1), (6, 2), (24, 2)])
+def test_dense_depthwise_layers_that_suit_the_kernels(channels, dilation):
+    """A full mask and a mask that is learned run on the kernels there; nothing else changes."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, groups=channels)
+    plain = plain.double()
+    layer = SparseConv2d.from_dense(copy.deepcopy(plain), torch.ones_like(plain.weight))
+    assert layer.is_packed
+    x = torch.randn(2, channels, 9, 8, dtype=torch.double, requires_grad=True)
+    torch.testing.assert_close(layer(x), plain(x))
+
+    layer.learn_mask(0.3)
+    y = F.conv2d(
+        x, layer.weight * layer.current_mask(), layer.bias, 1, dilation, dilation, channels
+    )
+    torch.testing.assert_close(layer(x), y)
+    grad = torch.randn_like(y)
+    dw, ds, dx = torch.autograd.grad(layer(x), (layer.weight, layer.scores, x), grad)
+    w_eff = (layer.weight * layer.current_mask()).detach().requires_grad_()
+    again = F.conv2d(x, w_eff, layer.bias, 1, dilation, dilation, channels)
+    dw_eff, expected = torch.autograd.grad(again, (w_eff, x), grad)
+    torch.testing.assert_close(dx, expected)
+    torch.testing.assert_close(dw, dw_eff * layer.current_mask())
+    torch.testing.assert_close(ds, (dw_eff * layer.weight * layer.scores.sign()).detach())
+
+
+def test_a_full_mask_runs_dense():
+    layer = SparseConv2d(8, 16, 3)
+    assert not layer.is_packed and not SparseLinear(8, 4).is_packed
+    mask = torch.ones_like(layer.mask)
+    mask[0, 0, 0, 0] = False
+    assert layer.set_mask(mask).is_packed
+    assert not layer.set_mask(torch.ones_like(mask)).is_packed
