@@ -193,8 +193,8 @@ def stages_of(method: str, recipe: Recipe, sparsity: float, **rule) -> list[Stag
         method: a name of METHODS.
         recipe: settings of the trainings.
         sparsity: share of zeros, in [0, 1).
-        rule: scope, pattern, exclude, floor, seed, densities of :func:`dass.prune`; densities of
-            single layers only for those methods that prune uniformly.
+        rule: scope, pattern, exclude, floor, seed, densities of :func:`dass.prune`. A layer with a
+            density of its own starts (rigl), or ends, with that; sparsity is that of the others.
 
     Raises:
         ValueError: an unknown method, or a sparsity out of range.
