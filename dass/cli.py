@@ -214,6 +214,7 @@ def train(
     """Train a network of the zoo on images; SGD with a cosine schedule, dense.
 
     Ends in a folder with model.safetensors and report.html. Broken off, the same command goes on.
+    With torchrun it uses all processes, each for its share of every batch.
 
     Example: **dass train resnet20 --data cifar10 --epochs 30 --run runs/r20**
     """
@@ -232,7 +233,7 @@ def train(
             seed=seed,
         )
         overrides = {} if width == 1.0 else {"width": width}
-        with on_threads(threads):
+        with on_threads(threads), arguments.processes():
             report = train_run(
                 network,
                 folder,
@@ -283,10 +284,12 @@ def sparse(
     """Train a sparse network from nothing, by a method's stages, on the sparse kernels.
 
     Ends in a folder with model.safetensors and report.html. Broken off, the same command goes on.
+    With torchrun it uses all processes, each for its share of every batch.
 
     Example: **dass sparse resnet20 --method rigl --sparsity 0.9 --recipe smoke**
     """
     with session() as console:
+        from dass import arguments
         from dass.method_run import method_run
         from dass.sources import searched_cells
 
@@ -295,7 +298,7 @@ def sparse(
         network, cells = searched_cells(network)
         overrides = {**cells, **{key: value for key, value in given.items() if value is not None}}
         rule = {"pattern": pattern, "exclude": exclude or []}
-        with on_threads(threads):
+        with on_threads(threads), arguments.processes():
             report = method_run(
                 network,
                 folder,
@@ -363,7 +366,7 @@ def prune(
             "exclude": exclude or [],
             "seed": seed,
         }
-        with on_threads(threads):
+        with on_threads(threads), arguments.processes():
             report = prune_run(
                 source,
                 folder,
@@ -413,7 +416,7 @@ def finetune(
         stem = file.parent.name if file.name == "model.safetensors" else file.stem
         folder = run or Path("runs") / f"{stem}-tuned"
         config = arguments.config(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
-        with on_threads(threads):
+        with on_threads(threads), arguments.processes():
             report = finetune_run(
                 source,
                 folder,

@@ -11,6 +11,7 @@ from torch import nn
 
 from dass.data import ImageDataset
 from dass.display import Display
+from dass.distributed import on_rank_zero
 from dass.files import save
 from dass.nn import SparseConv2d, SparseLinear
 from dass.pruning import PruneReport, prune
@@ -63,7 +64,7 @@ def train_run(
     result = run.stage("train")
     if result is None:
         result = _train(model, images, test, config, run, console)
-        save(model, run.path / "model.safetensors")
+        on_rank_zero(lambda: save(model, run.path / "model.safetensors"))
         result |= {"file_bytes": _size(run), **count_weights(model)}
         result = run.finish("train", result)
         run.drop_checkpoints()
@@ -126,7 +127,7 @@ def prune_run(
             result["before_finetuning"] = evaluate(network, test).accuracy
             if config is not None:
                 result |= _train(network, images, test, config, run, console)
-        save(network, run.path / "model.safetensors")
+        on_rank_zero(lambda: save(network, run.path / "model.safetensors"))
         result |= {"file_bytes": _size(run), "dense_bytes": plain_bytes(network)}
         result = run.finish("prune", {**result, **count_weights(network)})
         run.drop_checkpoints()
@@ -167,7 +168,7 @@ def finetune_run(
     if result is None:
         before = evaluate(network, test).accuracy
         result = {"before": before, **_train(network, images, test, config, run, console)}
-        save(network, run.path / "model.safetensors")
+        on_rank_zero(lambda: save(network, run.path / "model.safetensors"))
         result |= {"file_bytes": _size(run), **count_weights(network)}
         result = run.finish("finetune", result)
         run.drop_checkpoints()

@@ -1,4 +1,4 @@
-"""``dass train --method``: a sparse network from nothing, stage by stage, in one run folder."""
+"""``dass sparse``: a sparse network from nothing, stage by stage, in one run folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from dass.display import Display
+from dass.distributed import on_rank_zero
 from dass.files import load, save
 from dass.images import ImageDataset
 from dass.methods import METHODS, RECIPES, Stage, run_stage, stages_of
@@ -70,7 +71,7 @@ def method_run(
             results[stage.name] = _one_stage(model, stage, images, test, run, display)
     file = run.path / f"{stages[-1].name}.safetensors"
     model = load(file, model)
-    save(model, run.path / "model.safetensors")
+    on_rank_zero(lambda: save(model, run.path / "model.safetensors"))
     facts = {
         "file_bytes": file.stat().st_size,
         "dense_bytes": plain_bytes(model),
@@ -114,7 +115,7 @@ def _one_stage(
         except ValueError as error:
             raise UserError(str(error)) from None
     model.to(memory_format=torch.contiguous_format)
-    save(model, run.path / f"{stage.name}.safetensors")
+    on_rank_zero(lambda: save(model, run.path / f"{stage.name}.safetensors"))
     result = {"history": done.history, "seconds": done.seconds, **count_weights(model)}
     result = run.finish(stage.name, result)
     run.drop_checkpoints()

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dass.data import Batches, ImageDataset
+from dass.distributed import share_model
 from dass.nn import SparseConv2d, SparseLinear
 from dass.pruning import prune
 from dass.rigl import RigL
@@ -217,9 +218,12 @@ def run_stage(
 ) -> TrainResult:
     """Runs a stage on `model`, in place; with a checkpoint it goes on where it stopped.
 
+    In a process group rank 0's weights and masks hold for all, before, after and in between.
+
     Raises:
         RuntimeError: a pruned weight is not zero at the end. And what `dass.training.train` raises.
     """
+    share_model(model)
     stage.before(model, data)
     result = train(
         model,
@@ -231,6 +235,7 @@ def run_stage(
         sparsifier=stage.sparsifier,
     )
     stage.after(model)
+    share_model(model)
     for name, module in model.named_modules():
         if isinstance(module, _SPARSE) and bool((module.weight[~module.current_mask()] != 0).any()):
             raise RuntimeError(f"{name}: pruned weights are not zero after the stage {stage.name}")

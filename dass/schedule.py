@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dass.distributed import follow_rank_zero
 from dass.nn import SparseConv2d, SparseLinear
 from dass.pruning import PruneReport, Rule, apply_masks, find_units, mask_of
 
@@ -99,6 +100,7 @@ class GradualPruner:
         if not self.begin <= t <= self.end or ((t - self.begin) % self.every and t != self.end):
             return None
         masks = self._rule_at(t).masks(self._units, target, self.monotone)
+        follow_rank_zero(masks)
         report = self._rule.report(self._units, masks, target, self._skipped)
         apply_masks(self.model, self._units, masks, self._rule)
         enforce_masks(self.optimizer, self.model)
