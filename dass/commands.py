@@ -13,6 +13,7 @@ from dass.data import ImageDataset
 from dass.display import Display
 from dass.distributed import on_rank_zero
 from dass.files import save
+from dass.logs import RunLog
 from dass.nn import SparseConv2d, SparseLinear
 from dass.pruning import PruneReport, prune
 from dass.report import Report, Section, Table
@@ -247,9 +248,21 @@ def _train(
     def on_step(p: Progress) -> None:
         tell(p.step / p.steps, f"epoch {p.epoch}/{p.epochs}, loss {p.loss:.3f}, {p.accuracy:.1%}")
 
-    checkpoint = run.path / "checkpoint.pt"
-    with Display({"train": 1}, console) as display, display.stage("train") as tell:
-        done = train(model, images, config, test=test, checkpoint=checkpoint, on_step=on_step)
+    stage = run.settings["command"]
+    with (
+        RunLog(run.path, stage) as log,
+        Display({stage: 1}, console) as display,
+        display.stage(stage) as tell,
+    ):
+        done = train(
+            model,
+            images,
+            config,
+            test=test,
+            checkpoint=run.path / "checkpoint.pt",
+            on_step=on_step,
+            on_epoch=log,
+        )
     model.to(memory_format=torch.contiguous_format)
     return {
         "data": images.name,

@@ -13,6 +13,7 @@ from dass.display import Display
 from dass.distributed import on_rank_zero
 from dass.files import load, save
 from dass.images import ImageDataset
+from dass.logs import RunLog
 from dass.methods import METHODS, RECIPES, Stage, run_stage, stages_of
 from dass.report import Report, Section, Table
 from dass.runs import RunFolder, UserError
@@ -102,7 +103,7 @@ def _one_stage(
     def on_step(p: Progress) -> None:
         tell(p.step / p.steps, f"epoch {p.epoch}/{p.epochs}, loss {p.loss:.3f}, {p.accuracy:.1%}")
 
-    with display.stage(stage.name) as tell:
+    with display.stage(stage.name) as tell, RunLog(run.path, stage.name) as log:
         try:
             done = run_stage(
                 model,
@@ -111,6 +112,7 @@ def _one_stage(
                 test=test,
                 checkpoint=run.path / f"{stage.name}.pt",
                 on_step=on_step,
+                on_epoch=log,
             )
         except ValueError as error:
             raise UserError(str(error)) from None

@@ -215,6 +215,7 @@ def run_stage(
     test: ImageDataset | None = None,
     checkpoint=None,
     on_step: Callable[[Progress], None] | None = None,
+    on_epoch: Callable[[list[dict[str, float]]], None] | None = None,
 ) -> TrainResult:
     """Runs a stage on `model`, in place; with a checkpoint it goes on where it stopped.
 
@@ -232,6 +233,7 @@ def run_stage(
         test=test,
         checkpoint=checkpoint,
         on_step=on_step,
+        on_epoch=on_epoch,
         sparsifier=stage.sparsifier,
     )
     stage.after(model)

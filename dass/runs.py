@@ -2,6 +2,7 @@
 
 runs/NAME/run.json          the settings that the folder is for
 runs/NAME/stages/*.json     the result of each finished stage
+runs/NAME/log.jsonl         a line per epoch; events/ has the same for TensorBoard (``dass.logs``)
 runs/NAME/*.safetensors     networks (``dass.load``)
 runs/NAME/report.*          Markdown, HTML, JSON
 
@@ -26,6 +27,8 @@ _OURS = (
     ".*.tmp",
     "*.pt",
     "*.safetensors",
+    "events/*/events.out.*",
+    "log.jsonl",
     "report.html",
     "report.json",
     "report.md",

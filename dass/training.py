@@ -94,9 +94,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """history: one dict per epoch with epoch (from 1), lr, train_loss, train_accuracy, seconds, and
-    test_loss and test_accuracy where there was a test set. seconds: of training, over all sittings,
-    without evaluation. resumed_at: the step that a checkpoint gave, 0 for a straight run."""
+    """history: one dict per epoch with epoch (from 1), lr, train_loss, train_accuracy, nonzeros (of
+    convolutions and linear layers, under their masks), seconds, and test_loss and test_accuracy
+    where there was a test set. seconds: of training, over all sittings, without evaluation.
+    resumed_at: the step that a checkpoint gave, 0 for a straight run."""
 
     history: list[dict[str, float]]
     seconds: float
@@ -125,6 +126,7 @@ def train(
     test: ImageDataset | None = None,
     checkpoint: str | os.PathLike | None = None,
     on_step: Callable[[Progress], None] | None = None,
+    on_epoch: Callable[[list[dict[str, float]]], None] | None = None,
     sparsifier: Callable[[nn.Module, torch.optim.Optimizer, int], Sparsifier] | None = None,
 ) -> TrainResult:
     """Trains `model` in place, on the device where it is.
@@ -142,6 +144,7 @@ def train(
             and on Ctrl-C or SIGTERM before KeyboardInterrupt is raised. A finished one makes the
             call return at once with the trained weights loaded. Written whole or not at all.
         on_step: called after each step.
+        on_epoch: called with the history so far at the start and after each epoch.
         sparsifier: (model, optimiser, steps) -> what changes the masks as the training goes on; its
             state is in the checkpoint.
 
@@ -163,8 +166,10 @@ def train(
             torch.manual_seed(config.seed)
         else:
             torch.set_rng_state(run.random)
+        if on_epoch:
+            on_epoch(run.history)
         while len(run.history) < config.epochs:
-            run.epoch(on_step, interrupted)
+            run.epoch(on_step, on_epoch, interrupted)
     model.eval()
     return TrainResult(run.history, run.seconds, run.steps, resumed_at)
 
@@ -221,7 +226,7 @@ class _Run:
         self.sums = {"loss": 0.0, "correct": 0, "images": 0, "seconds": 0.0}  # of this epoch
         self.saved_at = time.monotonic()
 
-    def epoch(self, on_step, interrupted: Callable[[], bool]) -> None:
+    def epoch(self, on_step, on_epoch, interrupted: Callable[[], bool]) -> None:
         """The rest of the epoch that the run is in, then its row of the history."""
         self.model.train()
         if hasattr(self.model, "drop_path_prob"):
@@ -241,6 +246,8 @@ class _Run:
                 self.save()
         self._close_epoch()
         self.save()
+        if on_epoch:
+            on_epoch(self.history)
         if interrupted():
             raise KeyboardInterrupt
 
@@ -302,6 +309,7 @@ class _Run:
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": sums["loss"] / sums["images"],
             "train_accuracy": sums["correct"] / sums["images"],
+            "nonzeros": _nonzeros(self.model),
             "seconds": sums["seconds"],
         }
         if self.test is not None:
@@ -371,6 +379,17 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     ]
     nesterov = config.momentum > 0
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
+
+
+@torch.no_grad()
+def _nonzeros(model: nn.Module) -> int:
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    sparse = (SparseConv2d, SparseLinear)
+    used = {
+        layer.weight: layer.masked_weight() if isinstance(layer, sparse) else layer.weight
+        for layer in layers
+    }
+    return sum(int(weight.count_nonzero()) for weight in used.values())
 
 
 def _device(model: nn.Module) -> torch.device:
