@@ -259,7 +259,7 @@ def sparse(
     ] = "hydra",
     sparsity: Annotated[float, typer.Option(help="Share of zeros, in [0, 1).")] = 0.95,
     recipe: Annotated[
-        str, typer.Option(help="paper, affordable, small (hours on two cores) or smoke.")
+        str, typer.Option(help="paper, affordable, imagenet, small (hours on two cores) or smoke.")
     ] = "small",
     data: Data = "auto",
     run: Annotated[

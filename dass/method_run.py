@@ -17,7 +17,7 @@ from dass.logs import RunLog
 from dass.methods import METHODS, RECIPES, Stage, run_stage, stages_of
 from dass.report import Report, Section, Table
 from dass.runs import RunFolder, UserError
-from dass.sources import build_network, check_fit, count_weights, load_data, plain_bytes
+from dass.sources import build_network, check_fit, count_weights, is_folder, load_data, plain_bytes
 from dass.tables import count_of, curves, megabytes, percent, times
 from dass.training import Progress
 
@@ -47,12 +47,15 @@ def method_run(
     Raises:
         UserError: an unknown word, or another run's folder. DataError: no images.
     """
+    _stages(method, recipe, sparsity, rule, seed)  # before any reading
+    lazy = RECIPES[recipe].pretrain.resized_crop
+    if size is None and is_folder(data):
+        size = RECIPES[recipe].size
     settings = {"command": "train", "network": network, **overrides, "method": method}
     settings |= {"sparsity": sparsity, "recipe": recipe, **rule, "seed": seed}
     settings |= {"data": data, "size": size, "limit": limit}
-    _stages(method, recipe, sparsity, rule, seed)
-    images = load_data(data, train=True, size=size, limit=limit)
-    test = load_data(data, train=False, size=size)
+    images = load_data(data, train=True, size=size, limit=limit, lazy=lazy)
+    test = load_data(data, train=False, size=size, lazy=lazy)
     model = build_network(network, len(images.classes), images.shape[0], overrides, seed)
     own = model.edge_densities() if hasattr(model, "edge_densities") else {}
     stages = _stages(method, recipe, sparsity, {**rule, "densities": own} if own else rule, seed)

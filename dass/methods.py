@@ -44,16 +44,24 @@ class Recipe:
 
     pretrain, prune, finetune: of dense training, of learning masks, of what comes after it. A
     method without dense training trains for the epochs of both, with the settings of pretrain.
+    size: height and width that pictures in folders are scaled to; None: as they are.
     """
 
     pretrain: TrainConfig
     prune: TrainConfig
     finetune: TrainConfig
+    size: int | None = None
 
 
 _PAPER = TrainConfig(
     epochs=600, batch_size=128, lr=0.025, weight_decay=3e-4, warmup=0.0, cutout=16, clip=5.0,
     drop_path=0.2,
+)  # fmt: skip
+# DARTS' and the paper's settings on ImageNet; the lengths of prune and finetune are ours, in about
+# the proportions that the paper has on CIFAR-10.
+_IMAGENET = TrainConfig(
+    epochs=90, batch_size=128, lr=0.1, weight_decay=3e-5, warmup=5 / 90, label_smoothing=0.1,
+    resized_crop=True, clip=5.0, auxiliary=0.4,
 )  # fmt: skip
 _PLAIN = replace(_PAPER, cutout=0, clip=5.0, drop_path=0.0, batch_size=64)
 RECIPES: dict[str, Recipe] = {
@@ -66,6 +74,12 @@ RECIPES: dict[str, Recipe] = {
         replace(_PAPER, epochs=100),
         replace(_PAPER, epochs=10, lr=0.1),
         replace(_PAPER, epochs=50, lr=0.01, weight_decay=4e-4),
+    ),
+    "imagenet": Recipe(
+        _IMAGENET,
+        replace(_IMAGENET, epochs=5, warmup=0.0),
+        replace(_IMAGENET, epochs=30, lr=0.01, warmup=0.0),
+        size=224,
     ),
     "small": Recipe(
         replace(_PLAIN, epochs=6, lr=0.05),

@@ -72,11 +72,12 @@ class RunFolder:
             raise UserError(f"{path}: {error.strerror}") from None
 
     def _compare(self, found: dict) -> None:
+        # A setting that an older version did not know is off: absent, None and False are one.
         keys = sorted({*found, *self.settings})
         wrong = [
             f"{key} {found.get(key)!r}, not {self.settings.get(key)!r}"
             for key in keys
-            if found.get(key) != self.settings.get(key)
+            if (found.get(key) or None) != (self.settings.get(key) or None)
         ]
         if wrong:
             raise UserError(

@@ -21,6 +21,7 @@ class TrainConfig:
         warmup: share of all steps in which the rate rises, in [0, 1).
         label_smoothing: in [0, 1).
         augment: random crops of padded images, and mirroring where the data allow it.
+        resized_crop: the crops are parts of 8 to 100 % of the image, scaled to the data's size.
         cutout: side in pixels of the square that is blanked in each augmented image; 0: none.
         clip: largest norm of all gradients; 0: no limit.
         auxiliary: weight of the loss of an auxiliary head (a model that returns two logits).
@@ -40,6 +41,7 @@ class TrainConfig:
     warmup: float = 0.2
     label_smoothing: float = 0.0
     augment: bool = True
+    resized_crop: bool = False
     cutout: int = 0
     clip: float = 0.0
     auxiliary: float = 0.4

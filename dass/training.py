@@ -28,7 +28,7 @@ from dass.checkpoints import (
     read_checkpoint,
     save_whole,
 )
-from dass.data import Augment, Batches, ImageDataset
+from dass.data import Augment, Batches, ImageDataset, ResizedCrop
 from dass.distributed import (
     average,
     check_equal,
@@ -208,12 +208,10 @@ class _Run:
         self.optimizer = _optimizer(model, config)
         if sparse:
             attach_masks(self.optimizer, model)
-        flip = data.name not in MIRRORED_IS_ANOTHER
-        augment = Augment(flip=flip, cutout=config.cutout) if config.augment else None
         self.batches = Batches(
             data,
             min(max(config.batch_size // self.world, 1), len(data) // self.world),
-            augment=augment,
+            augment=_augment(data, config),
             seed=config.seed,
             drop_last=self.world > 1,
             rank=self.rank,
@@ -356,7 +354,8 @@ class _Run:
         if self.path is None or not self.path.exists():
             return 0
         state = read_checkpoint(self.path, _FORMAT)
-        check_identity(self.path, state["identity"], self.identity(), "run")
+        known = {**asdict(TrainConfig()), **state["identity"]}  # an older file lacks newer settings
+        check_identity(self.path, known, self.identity(), "run")
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -369,6 +368,12 @@ class _Run:
         self.step, self.seconds, self.sums = state["step"], state["seconds"], state["sums"]
         self.history, self.random = state["history"], state["random"]
         return self.step
+
+
+def _augment(data: ImageDataset, config: TrainConfig) -> Augment | None:
+    kind = ResizedCrop if config.resized_crop else Augment
+    flip = data.name not in MIRRORED_IS_ANOTHER
+    return kind(flip=flip, cutout=config.cutout) if config.augment else None
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
