@@ -16,6 +16,7 @@ from dass.options import (
     Batches,
     BenchThreads,
     Data,
+    Deterministic,
     Exclude,
     Fresh,
     Input,
@@ -29,6 +30,7 @@ from dass.options import (
     Source,
     Threads,
 )
+from dass.session import deterministic as determined
 from dass.session import inherit, on_threads, publish, session
 
 app = typer.Typer(
@@ -209,6 +211,7 @@ def train(
     limit: Limit = None,
     threads: Threads = None,
     seed: Seed = 0,
+    deterministic: Deterministic = False,
     fresh: Fresh = False,
 ) -> None:
     """Train a network of the zoo on images; SGD with a cosine schedule, dense.
@@ -233,7 +236,7 @@ def train(
             seed=seed,
         )
         overrides = {} if width == 1.0 else {"width": width}
-        with on_threads(threads), arguments.processes():
+        with on_threads(threads), arguments.processes(), determined(deterministic, seed):
             report = train_run(
                 network,
                 folder,
@@ -243,6 +246,7 @@ def train(
                 size=size,
                 limit=limit,
                 overrides=overrides,
+                deterministic=deterministic,
                 fresh=fresh,
             )
         publish(report, folder, console)
@@ -279,6 +283,7 @@ def sparse(
     limit: Limit = None,
     threads: Threads = None,
     seed: Seed = 0,
+    deterministic: Deterministic = False,
     fresh: Fresh = False,
 ) -> None:
     """Train a sparse network from nothing, by a method's stages, on the sparse kernels.
@@ -298,7 +303,7 @@ def sparse(
         network, cells = searched_cells(network)
         overrides = {**cells, **{key: value for key, value in given.items() if value is not None}}
         rule = {"pattern": pattern, "exclude": exclude or []}
-        with on_threads(threads), arguments.processes():
+        with on_threads(threads), arguments.processes(), determined(deterministic, seed):
             report = method_run(
                 network,
                 folder,
@@ -312,6 +317,7 @@ def sparse(
                 size=size,
                 limit=limit,
                 seed=seed,
+                deterministic=deterministic,
                 fresh=fresh,
             )
         publish(report, folder, console)

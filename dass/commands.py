@@ -26,7 +26,7 @@ from dass.sources import (
     load_model,
     plain_bytes,
 )
-from dass.tables import count_of, curves, megabytes, percent, times
+from dass.tables import count_of, curves, deterministic_line, megabytes, percent, times
 from dass.training import Progress, TrainConfig, evaluate, train
 
 __all__ = ["finetune_run", "prune_run", "train_run"]
@@ -42,6 +42,7 @@ def train_run(
     size: int | None = None,
     limit: int | None = None,
     overrides: Mapping[str, object] | None = None,
+    deterministic: bool = False,
     fresh: bool = False,
 ) -> Report:
     """Trains a network of the zoo into a run folder, or goes on there.
@@ -49,6 +50,7 @@ def train_run(
     Args:
         data, size, limit: see :func:`dass.data.load`.
         overrides: for :func:`dass.zoo.create`, such as width.
+        deterministic: noted in settings and report; :func:`dass.session.deterministic` does it.
         fresh: drop what the folder holds of an earlier run.
 
     Raises:
@@ -56,7 +58,7 @@ def train_run(
     """
     overrides = dict(overrides or {})
     settings = {"command": "train", "network": network, **overrides, **vars(config)}
-    settings |= {"data": data, "size": size, "limit": limit}
+    settings |= {"data": data, "size": size, "limit": limit, "deterministic": deterministic}
     build_network(network, None, 3, overrides, config.seed, device="meta")  # before any reading
     images, test = _both_parts(data, size, limit)
     model = build_network(network, len(images.classes), images.shape[0], overrides, config.seed)
@@ -74,7 +76,8 @@ def train_run(
         [
             f"{result['images']:,} images, {count_of(config.epochs, 'epoch')} in "
             f"{result['seconds']:.0f} s; "
-            f"{result['weights']:,} weights, {megabytes(result['file_bytes'])} on disk."
+            f"{result['weights']:,} weights, {megabytes(result['file_bytes'])} on disk.",
+            *([deterministic_line(config.seed)] if deterministic else []),
         ],
         [(percent(result["accuracy"]), f"of {result['test_images']:,} test images right")],
         [_training_section(result)],

@@ -18,7 +18,7 @@ from dass.methods import METHODS, RECIPES, Stage, run_stage, stages_of
 from dass.report import Report, Section, Table
 from dass.runs import RunFolder, UserError
 from dass.sources import build_network, check_fit, count_weights, is_folder, load_data, plain_bytes
-from dass.tables import count_of, curves, megabytes, percent, times
+from dass.tables import count_of, curves, deterministic_line, megabytes, percent, times
 from dass.training import Progress
 
 __all__ = ["method_run"]
@@ -38,11 +38,13 @@ def method_run(
     size: int | None = None,
     limit: int | None = None,
     seed: int = 0,
+    deterministic: bool = False,
     fresh: bool = False,
 ) -> Report:
     """Trains a network of the zoo by a method of :mod:`dass.methods`; a rerun goes on.
 
     The accuracy reported is the last epoch's, at a number of nonzeros that was counted.
+    deterministic: noted in settings and report; :func:`dass.session.deterministic` does it.
 
     Raises:
         UserError: an unknown word, or another run's folder. DataError: no images.
@@ -53,7 +55,7 @@ def method_run(
         size = RECIPES[recipe].size
     settings = {"command": "train", "network": network, **overrides, "method": method}
     settings |= {"sparsity": sparsity, "recipe": recipe, **rule, "seed": seed}
-    settings |= {"data": data, "size": size, "limit": limit}
+    settings |= {"data": data, "size": size, "limit": limit, "deterministic": deterministic}
     images = load_data(data, train=True, size=size, limit=limit, lazy=lazy)
     test = load_data(data, train=False, size=size, lazy=lazy)
     model = build_network(network, len(images.classes), images.shape[0], overrides, seed)
@@ -163,7 +165,8 @@ def _report(
     seconds = sum(result["seconds"] for result in results.values())
     intro = [
         f"{method} on {images.name}, {len(images):,} images; {count_of(len(results), 'stage')}, "
-        f"{seconds:.0f} s of training."
+        f"{seconds:.0f} s of training.",
+        *([deterministic_line(run.settings["seed"])] if run.settings["deterministic"] else []),
     ]
     section = Section("Stages", items=[Table(columns, rows), plot])
     data = {"settings": run.settings, "stages": dict(results), **facts}

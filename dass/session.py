@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-__all__ = ["errors", "inherit", "on_threads", "publish", "session"]
+__all__ = ["deterministic", "errors", "inherit", "on_threads", "publish", "session"]
 
 
 @contextlib.contextmanager
@@ -87,6 +87,35 @@ def on_threads(count: int | None):
     from dass.timing import threads
 
     return threads(arguments.at_least_one(count))
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool, seed: int) -> Iterator[None]:
+    """If wanted: torch refuses what is not deterministic, and every generator starts from `seed`.
+
+    What was set before is set again afterwards.
+    """
+    if not wanted:
+        yield
+        return
+    import random
+
+    import numpy as np
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    torch.use_deterministic_algorithms(True)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _is_first() -> bool:
