@@ -29,6 +29,12 @@ __all__ = [
 
 T = TypeVar("T")
 
+if dist.is_available():
+    # It has functions whose default argument is the group that there is when it is imported. Were
+    # that later (an optimiser imports it), the group's threads would outlive destroy_process_group,
+    # and one that lets go of a tensor while Python ends aborts the process.
+    import torch.distributed.nn
+
 
 class RanksDiffer(RuntimeError):
     """Processes that should hold the same tensors do not."""
