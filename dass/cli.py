@@ -16,6 +16,7 @@ from dass.options import (
     Batches,
     BenchThreads,
     Data,
+    Deterministic,
     Exclude,
     Fresh,
     Input,
@@ -29,6 +30,7 @@ from dass.options import (
     Source,
     Threads,
 )
+from dass.session import deterministic as determined
 from dass.session import inherit, on_threads, publish, session
 
 app = typer.Typer(
@@ -226,11 +228,13 @@ def train(
     limit: Limit = None,
     threads: Threads = None,
     seed: Seed = 0,
+    deterministic: Deterministic = False,
     fresh: Fresh = False,
 ) -> None:
     """Train a network of the zoo on images; SGD with a cosine schedule, dense.
 
     Ends in a folder with model.safetensors and report.html. Broken off, the same command goes on.
+    With torchrun it uses all processes, each for its share of every batch.
 
     Example: **dass train resnet20 --data cifar10 --epochs 30 --run runs/r20**
     """
@@ -249,7 +253,7 @@ def train(
             seed=seed,
         )
         overrides = {} if width == 1.0 else {"width": width}
-        with on_threads(threads):
+        with on_threads(threads), arguments.processes(), determined(deterministic, seed):
             report = train_run(
                 network,
                 folder,
@@ -259,6 +263,7 @@ def train(
                 size=size,
                 limit=limit,
                 overrides=overrides,
+                deterministic=deterministic,
                 fresh=fresh,
             )
         publish(report, folder, console)
@@ -275,7 +280,7 @@ def sparse(
     ] = "hydra",
     sparsity: Annotated[float, typer.Option(help="Share of zeros, in [0, 1).")] = 0.95,
     recipe: Annotated[
-        str, typer.Option(help="paper, affordable, small (hours on two cores) or smoke.")
+        str, typer.Option(help="paper, affordable, imagenet, small (hours on two cores) or smoke.")
     ] = "small",
     data: Data = "auto",
     run: Annotated[
@@ -295,15 +300,18 @@ def sparse(
     limit: Limit = None,
     threads: Threads = None,
     seed: Seed = 0,
+    deterministic: Deterministic = False,
     fresh: Fresh = False,
 ) -> None:
     """Train a sparse network from nothing, by a method's stages, on the sparse kernels.
 
     Ends in a folder with model.safetensors and report.html. Broken off, the same command goes on.
+    With torchrun it uses all processes, each for its share of every batch.
 
     Example: **dass sparse resnet20 --method rigl --sparsity 0.9 --recipe smoke**
     """
     with session() as console:
+        from dass import arguments
         from dass.method_run import method_run
         from dass.sources import searched_cells
 
@@ -312,7 +320,7 @@ def sparse(
         network, cells = searched_cells(network)
         overrides = {**cells, **{key: value for key, value in given.items() if value is not None}}
         rule = {"pattern": pattern, "exclude": exclude or []}
-        with on_threads(threads):
+        with on_threads(threads), arguments.processes(), determined(deterministic, seed):
             report = method_run(
                 network,
                 folder,
@@ -326,6 +334,7 @@ def sparse(
                 size=size,
                 limit=limit,
                 seed=seed,
+                deterministic=deterministic,
                 fresh=fresh,
             )
         publish(report, folder, console)
@@ -380,7 +389,7 @@ def prune(
             "exclude": exclude or [],
             "seed": seed,
         }
-        with on_threads(threads):
+        with on_threads(threads), arguments.processes():
             report = prune_run(
                 source,
                 folder,
@@ -430,7 +439,7 @@ def finetune(
         stem = file.parent.name if file.name == "model.safetensors" else file.stem
         folder = run or Path("runs") / f"{stem}-tuned"
         config = arguments.config(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
-        with on_threads(threads):
+        with on_threads(threads), arguments.processes():
             report = finetune_run(
                 source,
                 folder,

@@ -11,7 +11,9 @@ from torch import nn
 
 from dass.data import ImageDataset
 from dass.display import Display
+from dass.distributed import on_rank_zero
 from dass.files import save
+from dass.logs import RunLog
 from dass.nn import SparseConv2d, SparseLinear
 from dass.pruning import PruneReport, prune
 from dass.report import Report, Section, Table
@@ -24,7 +26,7 @@ from dass.sources import (
     load_model,
     plain_bytes,
 )
-from dass.tables import count_of, curves, megabytes, percent, times
+from dass.tables import count_of, curves, deterministic_line, megabytes, percent, times
 from dass.training import Progress, TrainConfig, evaluate, train
 
 __all__ = ["finetune_run", "prune_run", "train_run"]
@@ -40,6 +42,7 @@ def train_run(
     size: int | None = None,
     limit: int | None = None,
     overrides: Mapping[str, object] | None = None,
+    deterministic: bool = False,
     fresh: bool = False,
 ) -> Report:
     """Trains a network of the zoo into a run folder, or goes on there.
@@ -47,6 +50,7 @@ def train_run(
     Args:
         data, size, limit: see :func:`dass.data.load`.
         overrides: for :func:`dass.zoo.create`, such as width.
+        deterministic: noted in settings and report; :func:`dass.session.deterministic` does it.
         fresh: drop what the folder holds of an earlier run.
 
     Raises:
@@ -54,7 +58,7 @@ def train_run(
     """
     overrides = dict(overrides or {})
     settings = {"command": "train", "network": network, **overrides, **vars(config)}
-    settings |= {"data": data, "size": size, "limit": limit}
+    settings |= {"data": data, "size": size, "limit": limit, "deterministic": deterministic}
     build_network(network, None, 3, overrides, config.seed, device="meta")  # before any reading
     images, test = _both_parts(data, size, limit)
     model = build_network(network, len(images.classes), images.shape[0], overrides, config.seed)
@@ -63,7 +67,7 @@ def train_run(
     result = run.stage("train")
     if result is None:
         result = _train(model, images, test, config, run, console)
-        save(model, run.path / "model.safetensors")
+        on_rank_zero(lambda: save(model, run.path / "model.safetensors"))
         result |= {"file_bytes": _size(run), **count_weights(model)}
         result = run.finish("train", result)
         run.drop_checkpoints()
@@ -72,7 +76,8 @@ def train_run(
         [
             f"{result['images']:,} images, {count_of(config.epochs, 'epoch')} in "
             f"{result['seconds']:.0f} s; "
-            f"{result['weights']:,} weights, {megabytes(result['file_bytes'])} on disk."
+            f"{result['weights']:,} weights, {megabytes(result['file_bytes'])} on disk.",
+            *([deterministic_line(config.seed)] if deterministic else []),
         ],
         [(percent(result["accuracy"]), f"of {result['test_images']:,} test images right")],
         [_training_section(result)],
@@ -126,7 +131,7 @@ def prune_run(
             result["before_finetuning"] = evaluate(network, test).accuracy
             if config is not None:
                 result |= _train(network, images, test, config, run, console)
-        save(network, run.path / "model.safetensors")
+        on_rank_zero(lambda: save(network, run.path / "model.safetensors"))
         result |= {"file_bytes": _size(run), "dense_bytes": plain_bytes(network)}
         result = run.finish("prune", {**result, **count_weights(network)})
         run.drop_checkpoints()
@@ -167,7 +172,7 @@ def finetune_run(
     if result is None:
         before = evaluate(network, test).accuracy
         result = {"before": before, **_train(network, images, test, config, run, console)}
-        save(network, run.path / "model.safetensors")
+        on_rank_zero(lambda: save(network, run.path / "model.safetensors"))
         result |= {"file_bytes": _size(run), **count_weights(network)}
         result = run.finish("finetune", result)
         run.drop_checkpoints()
@@ -246,9 +251,21 @@ def _train(
     def on_step(p: Progress) -> None:
         tell(p.step / p.steps, f"epoch {p.epoch}/{p.epochs}, loss {p.loss:.3f}, {p.accuracy:.1%}")
 
-    checkpoint = run.path / "checkpoint.pt"
-    with Display({"train": 1}, console) as display, display.stage("train") as tell:
-        done = train(model, images, config, test=test, checkpoint=checkpoint, on_step=on_step)
+    stage = run.settings["command"]
+    with (
+        RunLog(run.path, stage) as log,
+        Display({stage: 1}, console) as display,
+        display.stage(stage) as tell,
+    ):
+        done = train(
+            model,
+            images,
+            config,
+            test=test,
+            checkpoint=run.path / "checkpoint.pt",
+            on_step=on_step,
+            on_epoch=log,
+        )
     model.to(memory_format=torch.contiguous_format)
     return {
         "data": images.name,

@@ -21,9 +21,11 @@ DASS_OFFLINE=1 forbids downloads.
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,7 @@ from dass.images import (
     ImageDataset,
     ImageFiles,
     ImageSource,
+    cropped,
     generator_for,
     resize,
     stratified,
@@ -53,10 +56,12 @@ __all__ = [
     "ImageDataset",
     "ImageFiles",
     "ImageSource",
+    "ResizedCrop",
     "load",
     "stratified",
 ]
 
+J, R = TypeVar("J"), TypeVar("R")
 _IN_MEMORY_BYTES = 1 << 30  # a larger image folder is decoded batch by batch
 
 
@@ -69,6 +74,7 @@ def load(
     limit: int | None = None,
     seed: int = 0,
     fallback: bool = True,
+    lazy: bool = False,
 ) -> ImageDataset:
     """Reads the training or test part of a data set.
 
@@ -86,6 +92,8 @@ def load(
         limit: at most so many images, stratified (`ImageDataset.subset`).
         seed: of that choice.
         fallback: False raises where the digits would replace CIFAR-10.
+        lazy: decode a folder's images batch by batch even if they would fit into memory, so that
+            `ResizedCrop` sees the whole image.
 
     Raises:
         ValueError: an unknown name, a size below 1 or a negative limit.
@@ -101,21 +109,23 @@ def load(
         if not root.exists():
             raise DataNotFoundError(f"{root} does not exist")
     if name == "auto":
-        name = "cifar10" if root is None else _detect(root)
+        name = "cifar10" if root is None else detect(root)
     if name == "cifar10":
         data = cifar10(root, train, fallback)
     else:
         data = READERS[name](root, train, size)
     if limit is not None:
         data = data.subset(limit, seed)
-    if not isinstance(data.images, Tensor) and math.prod(data.images.shape) <= _IN_MEMORY_BYTES:
+    lazy = lazy or isinstance(data.images, Tensor)
+    if not lazy and math.prod(data.images.shape) <= _IN_MEMORY_BYTES:
         data = replace(data, images=data.images[torch.arange(len(data))])
     if size is not None and data.shape[1:] != (size, size):
         data = replace(data, images=resize(data.images, size))
     return data
 
 
-def _detect(root: Path) -> str:
+def detect(root: Path) -> str:
+    """The name of the data set that a path holds."""
     if cifar_reader(root):
         return "cifar10"
     return "fashion_mnist" if any(root.glob("*-idx3-ubyte*")) else "folder"
@@ -139,6 +149,10 @@ class Augment:
     flip: bool = True
     cutout: int = 0
 
+    def draw(self, source: Tensor | ImageSource, index: Tensor, generator: Generator) -> Tensor:
+        """The images at `index` (int64 [B]), moved and mirrored: uint8 [B, C, H, W]."""
+        return self.crop_flip(source[index], generator)
+
     def crop_flip(self, x: Tensor, generator: Generator) -> Tensor:
         """uint8 [B, C, H, W] -> the same, each image moved and mirrored by itself."""
         b, _, h, w = x.shape
@@ -160,12 +174,49 @@ class Augment:
         return x.masked_fill_(inside[0].view(b, 1, h, 1) & inside[1].view(b, 1, 1, w), 0.0)
 
 
+@dataclass(frozen=True)
+class ResizedCrop(Augment):
+    """A random part of each image, scaled to the size of the data: ImageNet's training images.
+
+    Args:
+        area: least and largest share of the image's area.
+        ratio: least and largest width / height, drawn evenly in its logarithm.
+
+    Ten tries per image to find a part that fits, then the middle (Szegedy et al. 2014, arXiv
+    1409.4842; in the form of torchvision's RandomResizedCrop). ``pad`` is not used.
+    """
+
+    area: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def draw(self, source: Tensor | ImageSource, index: Tensor, generator: Generator) -> Tensor:
+        draws = torch.rand(len(index), 10, 4, generator=generator, dtype=torch.float64).tolist()
+        mirrored = torch.rand(len(index), generator=generator) < 0.5
+        x = cropped(source, index, lambda i, width, height: self.box(draws[i], width, height))
+        mirrored = mirrored.to(x.device).view(-1, 1, 1, 1)
+        return torch.where(mirrored, x.flip(3), x) if self.flip else x
+
+    def box(self, draws: list[list[float]], width: int, height: int) -> tuple[int, int, int, int]:
+        """(x, y, width, height) by the first of the draws (four numbers in [0, 1)) that fits."""
+        least, most = (math.log(r) for r in self.ratio)
+        for a, b, c, d in draws:
+            area = width * height * (self.area[0] + a * (self.area[1] - self.area[0]))
+            ratio = math.exp(least + b * (most - least))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return int(c * (width - w + 1)), int(d * (height - h + 1)), w, h
+        w = min(width, round(height * self.ratio[1]))
+        h = min(height, round(width / self.ratio[0]))
+        return (width - w) // 2, (height - h) // 2, w, h
+
+
 class Batches:
     """One epoch of (x, y) per iteration: float32 [B, C, H, W] normalised, int64 [B].
 
     Order and augmentation depend on (seed, epoch, batch, rank) alone, not on any generator that
     others use, so the state is a few integers and a resumed run equals the straight one bit for
-    bit. An iteration that was broken off is over: the next one is the next epoch.
+    bit. An iteration that was broken off is over: the next one is the next epoch. Files are decoded
+    in threads, one batch ahead.
 
     Args:
         data: images on the CPU or, as a tensor, on the device where the batches shall be.
@@ -218,20 +269,25 @@ class Batches:
         if self.shuffle:
             order = torch.randperm(n, generator=generator_for("order", self.seed, self.epoch))
         order = order[self.rank :: self.world]
-        for b in range(self._batch, len(self)):
+        size, numbers = self.batch_size, range(self._batch, len(self))
+        jobs = ((order[b * size : (b + 1) * size], b) for b in numbers)
+        read = _ahead if getattr(self.data.images, "ahead", False) else map
+        for b, (x, index, generator) in zip(numbers, read(self._read, jobs), strict=True):
             self._batch = b + 1
-            yield self._make(order[b * self.batch_size : (b + 1) * self.batch_size], b)
+            yield self._finish(x, generator), self.data.labels[index].to(x.device)
         self.epoch, self._batch = self.epoch + 1, 0
 
-    def _make(self, index: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        x, augment = self.data.images[index], self.augment
-        if augment is None:
-            return self.data.normalise(x), self.data.labels[index].to(x.device)
+    def _read(self, job: tuple[Tensor, int]) -> tuple[Tensor, Tensor, Generator | None]:
+        """(uint8 images, their index, the generator for what comes next)."""
+        index, batch = job
+        if self.augment is None:
+            return self.data.images[index], index, None
         generator = generator_for("augment", self.seed, self.epoch, batch, self.rank)
-        x = self.data.normalise(augment.crop_flip(x, generator))
-        if augment.cutout:
-            augment.cut(x, generator)
-        return x, self.data.labels[index].to(x.device)
+        return self.augment.draw(self.data.images, index, generator), index, generator
+
+    def _finish(self, x: Tensor, generator: Generator | None) -> Tensor:
+        x = self.data.normalise(x)
+        return self.augment.cut(x, generator) if self.augment and self.augment.cutout else x
 
     def state_dict(self) -> dict[str, int]:
         """The position after the last batch handed out, in integers (JSON will do)."""
@@ -255,3 +311,15 @@ class Batches:
             "batch_size": self.batch_size,
             "world": self.world,
         }
+
+
+def _ahead(read: Callable[[J], R], jobs: Iterable[J]) -> Iterator[R]:
+    """``map(read, jobs)``; each next result is made in a thread while the one before is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for job in jobs:
+            now, coming = coming, pool.submit(read, job)
+            if now is not None:
+                yield now.result()
+        if coming is not None:
+            yield coming.result()

@@ -7,13 +7,33 @@ ranks that drift apart stop rather than average two different networks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["RanksDiffer", "average", "check_equal", "follow_rank_zero", "rank_and_world"]
+from dass.sparse_layer import SparseLayer
+
+__all__ = [
+    "RanksDiffer",
+    "average",
+    "check_equal",
+    "follow_rank_zero",
+    "on_rank_zero",
+    "rank_and_world",
+    "share_model",
+    "total",
+]
+
+T = TypeVar("T")
+
+if dist.is_available():
+    # It has functions whose default argument is the group that there is when it is imported. Were
+    # that later (an optimiser imports it), the group's threads would outlive destroy_process_group,
+    # and one that lets go of a tensor while Python ends aborts the process.
+    import torch.distributed.nn
 
 
 class RanksDiffer(RuntimeError):
@@ -49,6 +69,50 @@ def follow_rank_zero(tensors: Iterable[Tensor]) -> None:
         flat = flat.to(torch.uint8) if boolean else flat
         dist.broadcast(flat, 0)
         _scatter(flat.bool() if boolean else flat, group)
+
+
+def share_model(model: nn.Module) -> None:
+    """Gives every process rank 0's weights, buffers and masks; RanksDiffer if one then has others.
+
+    The model must have the same layers everywhere.
+    """
+    if rank_and_world()[1] == 1:
+        return
+    tensors = [*model.parameters(), *model.buffers()]
+    follow_rank_zero(tensors)
+    check_equal(tensors, "weights and masks")
+    for layer in model.modules():
+        if isinstance(layer, SparseLayer) and layer.scores is None:
+            layer.set_mask(layer.mask)
+
+
+def total(numbers: Sequence[float]) -> list[float]:
+    """Each number's sum over the processes."""
+    if rank_and_world()[1] == 1:
+        return list(numbers)
+    found = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(found)
+    return found.tolist()
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """What `action` gives on rank 0, on every process, and when it is done; so with what it raises.
+
+    For what may be done once only, such as writing a file. The result has to be picklable.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return action()
+    found: list = [None, None]
+    if rank == 0:
+        try:
+            found[0] = action()
+        except Exception as error:
+            found[1] = error
+    dist.broadcast_object_list(found, 0)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def check_equal(tensors: Iterable[Tensor], what: str) -> None:

@@ -2,7 +2,9 @@
 
 import hashlib
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -37,7 +39,10 @@ class CorruptDataError(DataError, ValueError):
 
 
 class ImageSource(Protocol):
-    """Where images come from; a uint8 tensor [N, C, H, W] is one, and so may be a user's class."""
+    """Where images come from; a uint8 tensor [N, C, H, W] is one, and so may be a user's class.
+
+    With an attribute ``ahead = True`` it is read by a thread, one batch before that is used.
+    """
 
     shape: Sequence[int]  # N, C, H, W
 
@@ -130,14 +135,20 @@ class _Chosen:
 
     def __init__(self, source: ImageSource, index: Tensor):
         self.source, self.index = source, index
+        self.ahead = getattr(source, "ahead", False)
         self.shape = (len(index), *source.shape[1:])
 
     def __getitem__(self, index: Tensor) -> Tensor:
         return self.source[self.index[index]]
 
 
+BoxOf = Callable[[int, int, int], tuple[int, int, int, int]]
+
+
 class ImageFiles:
-    """Image files decoded on demand to RGB; an `ImageSource`.
+    """Image files decoded on demand to RGB, by as many threads as there are cores.
+
+    An `ImageSource`: nothing is kept, so that a folder may be larger than memory.
 
     Args:
         paths: N files.
@@ -146,31 +157,74 @@ class ImageFiles:
         scale: False makes another size an error.
     """
 
+    ahead = True
+
     def __init__(self, paths: Sequence[Path], size: tuple[int, int], scale: bool = True):
         self.paths, self.scale, self.shape = paths, scale, (len(paths), 3, *size)
 
     def __getitem__(self, index: Tensor) -> Tensor:
+        return self._decode(index, lambda place, image, path: self._middle(image, path))
+
+    def cropped(self, index: Tensor, box_of: BoxOf) -> Tensor:
+        """As :func:`cropped`, from the whole image."""
+        size = self.shape[:1:-1]
+
+        def crop(place: int, image: Image.Image, path: Path) -> Image.Image:
+            x, y, w, h = box_of(place, image.width, image.height)
+            part = image.crop((x, y, x + w, y + h))  # resize(box=) would blend in what is around it
+            return part.resize(size, Image.Resampling.BILINEAR)
+
+        return self._decode(index, crop)
+
+    def _decode(
+        self, index: Tensor, form: Callable[[int, Image.Image, Path], Image.Image]
+    ) -> Tensor:
         out = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8)
-        for i, n in enumerate(index.tolist()):
-            out[i] = self._decode(self.paths[n])
+
+        def decode(place: int, n: int) -> None:
+            path = self.paths[n]
+            image = form(place, open_image(path, path), path)
+            out[place] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(decode, range(len(index)), index.tolist()))
         return out
 
-    def _decode(self, path: Path) -> Tensor:
+    def _middle(self, image: Image.Image, path: Path) -> Image.Image:
         height, width = self.shape[2:]
-        image = open_image(path, path)
-        if image.size != (width, height):
-            if not self.scale:
-                raise CorruptDataError(
-                    f"{path} is {image.width}x{image.height} where the first image is "
-                    f"{width}x{height}: pass size= to scale them"
-                )
-            r = 8 / 7 * max(width / image.width, height / image.height)
-            image = image.resize(
-                (round(image.width * r), round(image.height * r)), Image.Resampling.BICUBIC
+        if image.size == (width, height):
+            return image
+        if not self.scale:
+            raise CorruptDataError(
+                f"{path} is {image.width}x{image.height} where the first image is "
+                f"{width}x{height}: pass size= to scale them"
             )
-            x, y = (image.width - width) // 2, (image.height - height) // 2
-            image = image.crop((x, y, x + width, y + height))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        r = 8 / 7 * max(width / image.width, height / image.height)
+        image = image.resize(
+            (round(image.width * r), round(image.height * r)), Image.Resampling.BICUBIC
+        )
+        x, y = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((x, y, x + width, y + height))
+
+
+def cropped(source: Tensor | ImageSource, index: Tensor, box_of: BoxOf) -> Tensor:
+    """A part of each image, scaled bilinearly to the source's size; uint8 [B, C, H, W].
+
+    box_of: (place in `index`, width, height of the image) -> (x, y, width, height) of the part.
+        Files are cropped before they are scaled, other sources from the images as they give them.
+    """
+    if isinstance(source, _Chosen):
+        return cropped(source.source, source.index[index], box_of)
+    if isinstance(source, ImageFiles):
+        return source.cropped(index, box_of)
+    images = source[index]
+    out = torch.empty_like(images)
+    for i, image in enumerate(images):
+        x, y, w, h = box_of(i, *image.shape[:0:-1])
+        part = image[None, :, y : y + h, x : x + w].float()
+        part = F.interpolate(part, size=image.shape[1:], mode="bilinear", antialias=True)
+        out[i] = part[0].round_().clamp_(0, 255)
+    return out
 
 
 def stratified(labels: Tensor, count: int, seed: int = 0) -> Tensor:

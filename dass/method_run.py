@@ -1,4 +1,4 @@
-"""``dass train --method``: a sparse network from nothing, stage by stage, in one run folder."""
+"""``dass sparse``: a sparse network from nothing, stage by stage, in one run folder."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from rich.console import Console
 from torch import nn
 
 from dass.display import Display
+from dass.distributed import on_rank_zero
 from dass.files import load, save
 from dass.images import ImageDataset
+from dass.logs import RunLog
 from dass.methods import METHODS, RECIPES, Stage, run_stage, stages_of
 from dass.report import Report, Section, Table
 from dass.runs import RunFolder, UserError
-from dass.sources import build_network, check_fit, count_weights, load_data, plain_bytes
-from dass.tables import count_of, curves, megabytes, percent, times
+from dass.sources import build_network, check_fit, count_weights, is_folder, load_data, plain_bytes
+from dass.tables import count_of, curves, deterministic_line, megabytes, percent, times
 from dass.training import Progress
 
 __all__ = ["method_run"]
@@ -36,21 +38,26 @@ def method_run(
     size: int | None = None,
     limit: int | None = None,
     seed: int = 0,
+    deterministic: bool = False,
     fresh: bool = False,
 ) -> Report:
     """Trains a network of the zoo by a method of :mod:`dass.methods`; a rerun goes on.
 
     The accuracy reported is the last epoch's, at a number of nonzeros that was counted.
+    deterministic: noted in settings and report; :func:`dass.session.deterministic` does it.
 
     Raises:
         UserError: an unknown word, or another run's folder. DataError: no images.
     """
+    _stages(method, recipe, sparsity, rule, seed)  # before any reading
+    lazy = RECIPES[recipe].pretrain.resized_crop
+    if size is None and is_folder(data):
+        size = RECIPES[recipe].size
     settings = {"command": "train", "network": network, **overrides, "method": method}
     settings |= {"sparsity": sparsity, "recipe": recipe, **rule, "seed": seed}
-    settings |= {"data": data, "size": size, "limit": limit}
-    _stages(method, recipe, sparsity, rule, seed)
-    images = load_data(data, train=True, size=size, limit=limit)
-    test = load_data(data, train=False, size=size)
+    settings |= {"data": data, "size": size, "limit": limit, "deterministic": deterministic}
+    images = load_data(data, train=True, size=size, limit=limit, lazy=lazy)
+    test = load_data(data, train=False, size=size, lazy=lazy)
     model = build_network(network, len(images.classes), images.shape[0], overrides, seed)
     own = model.edge_densities() if hasattr(model, "edge_densities") else {}
     stages = _stages(method, recipe, sparsity, {**rule, "densities": own} if own else rule, seed)
@@ -70,7 +77,7 @@ def method_run(
             results[stage.name] = _one_stage(model, stage, images, test, run, display)
     file = run.path / f"{stages[-1].name}.safetensors"
     model = load(file, model)
-    save(model, run.path / "model.safetensors")
+    on_rank_zero(lambda: save(model, run.path / "model.safetensors"))
     facts = {
         "file_bytes": file.stat().st_size,
         "dense_bytes": plain_bytes(model),
@@ -101,7 +108,7 @@ def _one_stage(
     def on_step(p: Progress) -> None:
         tell(p.step / p.steps, f"epoch {p.epoch}/{p.epochs}, loss {p.loss:.3f}, {p.accuracy:.1%}")
 
-    with display.stage(stage.name) as tell:
+    with display.stage(stage.name) as tell, RunLog(run.path, stage.name) as log:
         try:
             done = run_stage(
                 model,
@@ -110,11 +117,12 @@ def _one_stage(
                 test=test,
                 checkpoint=run.path / f"{stage.name}.pt",
                 on_step=on_step,
+                on_epoch=log,
             )
         except ValueError as error:
             raise UserError(str(error)) from None
     model.to(memory_format=torch.contiguous_format)
-    save(model, run.path / f"{stage.name}.safetensors")
+    on_rank_zero(lambda: save(model, run.path / f"{stage.name}.safetensors"))
     result = {"history": done.history, "seconds": done.seconds, **count_weights(model)}
     result = run.finish(stage.name, result)
     run.drop_checkpoints()
@@ -157,7 +165,8 @@ def _report(
     seconds = sum(result["seconds"] for result in results.values())
     intro = [
         f"{method} on {images.name}, {len(images):,} images; {count_of(len(results), 'stage')}, "
-        f"{seconds:.0f} s of training."
+        f"{seconds:.0f} s of training.",
+        *([deterministic_line(run.settings["seed"])] if run.settings["deterministic"] else []),
     ]
     section = Section("Stages", items=[Table(columns, rows), plot])
     data = {"settings": run.settings, "stages": dict(results), **facts}

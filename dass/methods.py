@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dass.data import Batches, ImageDataset
+from dass.distributed import share_model
 from dass.nn import SparseConv2d, SparseLinear
 from dass.pruning import prune
 from dass.rigl import RigL
@@ -52,16 +53,24 @@ class Recipe:
 
     pretrain, prune, finetune: of dense training, of learning masks, of what comes after it. A
     method without dense training trains for the epochs of both, with the settings of pretrain.
+    size: height and width that pictures in folders are scaled to; None: as they are.
     """
 
     pretrain: TrainConfig
     prune: TrainConfig
     finetune: TrainConfig
+    size: int | None = None
 
 
 _PAPER = TrainConfig(
     epochs=600, batch_size=128, lr=0.025, weight_decay=3e-4, warmup=0.0, cutout=16, clip=5.0,
     drop_path=0.2,
+)  # fmt: skip
+# DARTS' and the paper's settings on ImageNet; the lengths of prune and finetune are ours, in about
+# the proportions that the paper has on CIFAR-10.
+_IMAGENET = TrainConfig(
+    epochs=90, batch_size=128, lr=0.1, weight_decay=3e-5, warmup=5 / 90, label_smoothing=0.1,
+    resized_crop=True, clip=5.0, auxiliary=0.4,
 )  # fmt: skip
 _PLAIN = replace(_PAPER, cutout=0, clip=5.0, drop_path=0.0, batch_size=64)
 RECIPES: dict[str, Recipe] = {
@@ -74,6 +83,12 @@ RECIPES: dict[str, Recipe] = {
         replace(_PAPER, epochs=100),
         replace(_PAPER, epochs=10, lr=0.1),
         replace(_PAPER, epochs=50, lr=0.01, weight_decay=4e-4),
+    ),
+    "imagenet": Recipe(
+        _IMAGENET,
+        replace(_IMAGENET, epochs=5, warmup=0.0),
+        replace(_IMAGENET, epochs=30, lr=0.01, warmup=0.0),
+        size=224,
     ),
     "small": Recipe(
         replace(_PLAIN, epochs=6, lr=0.05),
@@ -202,8 +217,8 @@ def stages_of(method: str, recipe: Recipe, sparsity: float, **rule) -> list[Stag
         method: a name of METHODS.
         recipe: settings of the trainings.
         sparsity: share of zeros, in [0, 1).
-        rule: scope, pattern, exclude, floor, seed, densities of :func:`dass.prune`; densities of
-            single layers only for those methods that prune uniformly.
+        rule: scope, pattern, exclude, floor, seed, densities of :func:`dass.prune`. A layer with a
+            density of its own starts (rigl), or ends, with that; sparsity is that of the others.
 
     Raises:
         ValueError: an unknown method, or a sparsity out of range.
@@ -223,12 +238,16 @@ def run_stage(
     test: ImageDataset | None = None,
     checkpoint=None,
     on_step: Callable[[Progress], None] | None = None,
+    on_epoch: Callable[[list[dict[str, float]]], None] | None = None,
 ) -> TrainResult:
     """Runs a stage on `model`, in place; with a checkpoint it goes on where it stopped.
+
+    In a process group rank 0's weights and masks hold for all, before, after and in between.
 
     Raises:
         RuntimeError: a pruned weight is not zero at the end. And what `dass.training.train` raises.
     """
+    share_model(model)
     stage.before(model, data)
     result = train(
         model,
@@ -237,9 +256,11 @@ def run_stage(
         test=test,
         checkpoint=checkpoint,
         on_step=on_step,
+        on_epoch=on_epoch,
         sparsifier=stage.sparsifier,
     )
     stage.after(model)
+    share_model(model)
     for name, module in model.named_modules():
         if isinstance(module, _SPARSE) and bool((module.weight[~module.current_mask()] != 0).any()):
             raise RuntimeError(f"{name}: pruned weights are not zero after the stage {stage.name}")

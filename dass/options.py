@@ -22,6 +22,12 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: drop what the 
 Threads = Annotated[int | None, typer.Option(help="Threads to train with. Default: torch's.")]
 BenchThreads = Annotated[int, typer.Option(help="Threads to measure with.")]
 Seed = Annotated[int, typer.Option(help="Of weights, order and augmentation.")]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic", help="The same bits in every run; refuse ops that have others."
+    ),
+]
 Source = Annotated[str, typer.Argument(help="A run folder or a file of dass.save.")]
 Batches = Annotated[str, typer.Option(help="Batch sizes to measure, with commas between them.")]
 Model = Annotated[

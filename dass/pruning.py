@@ -123,9 +123,10 @@ class Rule:
     densities: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        uniform = self.scope == "uniform" and parse_pattern(self.pattern).kind != "n:m"
-        if self.densities and not uniform:
-            raise ValueError("densities of single layers need scope 'uniform' and no n:m pattern")
+        if self.densities and parse_pattern(self.pattern).kind == "n:m":
+            raise ValueError(
+                f"pattern {self.pattern!r} fixes every density: no densities of layers"
+            )
         if any(not 0 < density <= 1 for density in self.densities.values()):
             raise ValueError(f"densities must be in (0, 1], got {dict(self.densities)}")
         if not callable(self.method) and self.method not in METHODS:
@@ -159,28 +160,31 @@ class Rule:
         if spec.kind == "n:m":
             sparsity = 1 - Fraction(spec.n, spec.m)
         scores = [self._scores(unit, i) for i, unit in enumerate(units)]
-        shapes = [tuple(unit.weight.shape) for unit in units]
         caps = [pattern_capacity(unit.weight.shape, self.pattern_of(unit)) for unit in units]
         within = [mask_of(unit.modules[0]) if monotone else None for unit in units]
         if monotone:
             caps = [max(1, int(old.sum())) for old in within]
-        ranked = scores if self.scope in ("global", "lamp") else None
-        counts = layer_counts(shapes, sparsity, self.scope, ranked, self.floor, caps)
-        counts = self._with_densities(units, counts)
+        named = self.named(units)
+        free = [i for i in range(len(units)) if i not in named]
+        counts = {i: min(keep_count(scores[i].numel(), d), caps[i]) for i, d in named.items()}
+        if free:
+            shapes = [tuple(units[i].weight.shape) for i in free]
+            ranked = [scores[i] for i in free] if self.scope in ("global", "lamp") else None
+            limits = [caps[i] for i in free]
+            shared = layer_counts(shapes, sparsity, self.scope, ranked, self.floor, limits)
+            counts |= zip(free, shared, strict=True)
         # A pattern that fits has no block across two groups: pattern_mask need not know of them.
         return [
-            pattern_mask(score, count / score.numel(), self.pattern_of(unit), within=old)
-            for unit, score, count, old in zip(units, scores, counts, within, strict=True)
+            pattern_mask(score, counts[i] / score.numel(), self.pattern_of(unit), within=old)
+            for i, (unit, score, old) in enumerate(zip(units, scores, within, strict=True))
         ]
 
-    def _with_densities(self, units: "list[Unit]", counts: list[int]) -> list[int]:
+    def named(self, units: "list[Unit]") -> dict[int, float]:
+        """Index of a unit -> its own density; ValueError for a name that none has."""
         known = {name: i for i, unit in enumerate(units) for name in unit.names}
         if unknown := sorted(self.densities.keys() - known.keys()):
             raise ValueError(f"densities of layers that are not pruned: {', '.join(unknown[:3])}")
-        counts = list(counts)
-        for name, density in self.densities.items():
-            counts[known[name]] = keep_count(units[known[name]].weight.numel(), density)
-        return counts
+        return {known[name]: density for name, density in self.densities.items()}
 
     def _scores(self, unit: "Unit", index: int) -> Tensor:
         weight = unit.weight.detach()
@@ -241,8 +245,8 @@ def prune(
         all below it) and the words "depthwise" (groups = in_channels > 1), "first" and "last" (by
         order of registration, over eligible layers). Default none, the setting of the DASS paper.
     floor: the least that a layer keeps, as a count (int) or a density (float in (0, 1)).
-    densities: name of a layer -> its own density in (0, 1], instead of what scope "uniform" gives;
-        what `edge_densities()` of a network of a searched genotype returns.
+    densities: name of a layer -> its own density in (0, 1], such as what `edge_densities()` of a
+        network of a searched genotype returns. Sparsity and scope are then those of the others.
 
     A module registered under several names stays one module. Layers tied by one weight Parameter
     stay tied, get one mask and count once. Raises ValueError where a weight is also used by a

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from dass.distributed import follow_rank_zero
 from dass.nn import SparseConv2d, SparseLinear
 
 __all__ = ["RigL", "dense_gradients", "drop_and_grow"]
@@ -81,6 +82,7 @@ class RigL:
         if count == 0 or layer.weight.grad is None:
             return
         mask, grown = drop_and_grow(layer.weight, layer.weight.grad, layer.mask, count)
+        follow_rank_zero([mask, grown])
         layer.set_mask(mask)
         layer.weight[grown] = 0
         for slot in self.optimizer.state.get(layer.weight, {}).values():

@@ -2,8 +2,11 @@
 
 runs/NAME/run.json          the settings that the folder is for
 runs/NAME/stages/*.json     the result of each finished stage
+runs/NAME/log.jsonl         a line per epoch; events/ has the same for TensorBoard (``dass.logs``)
 runs/NAME/*.safetensors     networks (``dass.load``)
 runs/NAME/report.*          Markdown, HTML, JSON
+
+In a process group rank 0 alone reads and writes the folder, and all get what it found.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from dass.distributed import on_rank_zero
 from dass.report import write_text
 
 __all__ = ["ROOT", "RunFolder", "UserError", "model_file", "run_settings"]
@@ -23,6 +27,8 @@ _OURS = (
     ".*.tmp",
     "*.pt",
     "*.safetensors",
+    "events/*/events.out.*",
+    "log.jsonl",
     "report.html",
     "report.json",
     "report.md",
@@ -48,7 +54,10 @@ class RunFolder:
 
     def __init__(self, path: Path, settings: Mapping[str, object], fresh: bool = False):
         self.path, self.settings = path, json.loads(json.dumps(settings))
-        marker = path / "run.json"
+        on_rank_zero(lambda: self._open(fresh))
+
+    def _open(self, fresh: bool) -> None:
+        path, marker = self.path, self.path / "run.json"
         if path.exists() and not marker.is_file() and (path.is_file() or any(path.iterdir())):
             raise UserError(f"{path} is there and is no run folder: name another one with --run")
         if marker.is_file():
@@ -63,11 +72,12 @@ class RunFolder:
             raise UserError(f"{path}: {error.strerror}") from None
 
     def _compare(self, found: dict) -> None:
+        # A setting that an older version did not know is off: absent, None and False are one.
         keys = sorted({*found, *self.settings})
         wrong = [
             f"{key} {found.get(key)!r}, not {self.settings.get(key)!r}"
             for key in keys
-            if found.get(key) != self.settings.get(key)
+            if (found.get(key) or None) != (self.settings.get(key) or None)
         ]
         if wrong:
             raise UserError(
@@ -82,7 +92,7 @@ class RunFolder:
 
     def unfinished(self) -> bool:
         """Whether a training was broken off here."""
-        return any(self.path.glob("*.pt"))
+        return on_rank_zero(lambda: any(self.path.glob("*.pt")))
 
     def stage(self, name: str, machine: Mapping[str, object] | None = None) -> dict | None:
         """The result of a finished stage, or None.
@@ -90,21 +100,23 @@ class RunFolder:
         machine: what the stage's times depend on; times of another machine are no result here.
         """
         path = self._stage(name)
-        if not path.is_file():
-            return None
-        found = _read_json(path)
-        return found["result"] if found["machine"] in (None, machine) else None
+        found = on_rank_zero(lambda: _read_json(path) if path.is_file() else None)
+        return found["result"] if found and found["machine"] in (None, machine) else None
 
     def finish(self, name: str, result: dict, machine: Mapping[str, object] | None = None) -> dict:
         """Records a stage's result; -> it, as JSON gives it back."""
         text = json.dumps({"machine": machine, "result": result}, indent=1, allow_nan=False)
-        write_text(self._stage(name), text + "\n")
+        on_rank_zero(lambda: write_text(self._stage(name), text + "\n"))
         return json.loads(text)["result"]
 
     def drop_checkpoints(self) -> None:
         """What a finished training no longer needs."""
-        for path in self.path.glob("*.pt"):
-            path.unlink()
+
+        def drop() -> None:
+            for path in self.path.glob("*.pt"):
+                path.unlink()
+
+        on_rank_zero(drop)
 
     def _stage(self, name: str) -> Path:
         return self.path / "stages" / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"

@@ -2,11 +2,13 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dass.distributed import follow_rank_zero
 from dass.nn import SparseConv2d, SparseLinear
 from dass.pruning import PruneReport, Rule, apply_masks, find_units, mask_of
 
@@ -34,7 +36,9 @@ class GradualPruner:
 
     monotone: once pruned, never back. If False a weight comes back where its score has grown, which
         takes a score function that ranks pruned weights, or a weight that something else rewrote.
-    rule: method, scope, pattern, floor, seed, as in `prune`.
+    rule: method, scope, pattern, floor, seed, densities, as in `prune`. A layer with a density of
+        its own falls to it along the same curve, from `1 - initial_sparsity` or, if that is less,
+        from the start.
 
     To resume: build the model, the optimiser and the pruner as before, then load the three state
     dicts; the masks travel in the model's. The run is then bit for bit the unbroken one.
@@ -58,8 +62,6 @@ class GradualPruner:
         **rule,
     ):
         self._rule = Rule(**rule)
-        if self._rule.densities:
-            raise ValueError("a schedule has one density for all layers: prune takes densities")
         self._rule.check_sparsity(final_sparsity, "final_sparsity")
         self._rule.check_sparsity(initial_sparsity, "initial_sparsity")
         if not 0 <= begin < end or every < 1 or initial_sparsity > final_sparsity:
@@ -72,6 +74,7 @@ class GradualPruner:
         self.begin, self.end, self.every = begin, end, every
         self.steps = 0
         self._units, self._skipped = find_units(model, exclude)
+        self._rule.named(self._units)
         masks = [mask_of(unit.modules[0]) for unit in self._units]
         apply_masks(model, self._units, masks, self._rule)
         self._handle = attach_masks(optimizer, model)
@@ -96,21 +99,30 @@ class GradualPruner:
         self.steps += 1
         if not self.begin <= t <= self.end or ((t - self.begin) % self.every and t != self.end):
             return None
-        masks = self._rule.masks(self._units, target, self.monotone)
+        masks = self._rule_at(t).masks(self._units, target, self.monotone)
+        follow_rank_zero(masks)
         report = self._rule.report(self._units, masks, target, self._skipped)
         apply_masks(self.model, self._units, masks, self._rule)
         enforce_masks(self.optimizer, self.model)
         return report
 
+    def _rule_at(self, step: int) -> Rule:
+        start = 1 - self.initial_sparsity
+        densities = {
+            name: cubic_sparsity(step, self.begin, self.end, max(start, final), final)
+            for name, final in self._rule.densities.items()
+        }
+        return replace(self._rule, densities=densities)
+
     def state_dict(self) -> dict:
         keys = ("steps", "final_sparsity", "begin", "end", "every", "initial_sparsity", "monotone")
-        apart = ("method", "densities")
-        rule = {key: value for key, value in vars(self._rule).items() if key not in apart}
+        rule = {key: value for key, value in vars(self._rule).items() if key != "method"}
+        rule["densities"] = dict(self._rule.densities)
         return {**{key: getattr(self, key) for key in keys}, **rule}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes the step count; raises ValueError where the saved schedule is another one."""
-        mine = self.state_dict()
+        mine, state = self.state_dict(), {"densities": {}, **state}
         wrong = [k for k in mine if k != "steps" and state.get(k) != mine[k]]
         if wrong or "steps" not in state:
             raise ValueError(f"saved schedule {state} differs from {mine} in {wrong or ['steps']}")

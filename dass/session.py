@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,17 +12,20 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-__all__ = ["errors", "inherit", "on_threads", "publish", "session"]
+__all__ = ["deterministic", "errors", "inherit", "on_threads", "publish", "session"]
 
 
 @contextlib.contextmanager
 def session() -> Iterator[Console]:
-    """A console, the package's messages on it, and errors as one line and an exit code."""
+    """A console, the package's messages on it, and errors as one line and an exit code.
+
+    Of the processes that torchrun starts, only the first one's console says anything.
+    """
     from rich.logging import RichHandler
 
-    console = Console()
+    console = Console(quiet=not _is_first())
     if not console.is_terminal:
-        console = Console(width=100)
+        console = Console(width=100, quiet=not _is_first())
     log = logging.getLogger("dass")
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     said: set[str] = set()  # both parts of a data set may say the same
@@ -55,9 +59,11 @@ def errors() -> Iterator[None]:
 
 
 def publish(report, folder: Path | None, console: Console) -> None:
-    """Prints a report and writes its files."""
+    """Prints a report and writes its files; of torchrun's processes the first one does."""
     from dass.report import print_report, save_report
 
+    if not _is_first():
+        return
     print_report(report, console)
     if folder is not None:
         paths = save_report(report, folder)
@@ -81,3 +87,37 @@ def on_threads(count: int | None):
     from dass.timing import threads
 
     return threads(arguments.at_least_one(count))
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool, seed: int) -> Iterator[None]:
+    """If wanted: torch refuses what is not deterministic, and every generator starts from `seed`.
+
+    What was set before is set again afterwards.
+    """
+    if not wanted:
+        yield
+        return
+    import random
+
+    import numpy as np
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    torch.use_deterministic_algorithms(True)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
+def _is_first() -> bool:
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return alone or int(os.environ.get("RANK", "0")) == 0

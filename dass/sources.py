@@ -27,6 +27,7 @@ __all__ = [
     "count_weights",
     "first_line",
     "input_shape",
+    "is_folder",
     "load_data",
     "load_model",
     "plain_bytes",
@@ -36,9 +37,16 @@ __all__ = [
 
 
 def load_data(
-    where: str, *, train: bool, size: int | None = None, limit: int | None = None
+    where: str,
+    *,
+    train: bool,
+    size: int | None = None,
+    limit: int | None = None,
+    lazy: bool = False,
 ) -> ImageDataset:
     """Images by the name of a data set ("auto", "cifar10", "digits", ...) or by a path.
+
+    size, limit, lazy: see :func:`dass.data.load`.
 
     Raises:
         UserError: neither, or a number out of range. DataError: the images cannot be read.
@@ -49,11 +57,19 @@ def load_data(
     named = where == "auto" or where in READERS
     name, root = (where, None) if named else ("auto", where)
     try:
-        return data.load(name, root, train=train, size=size, limit=limit)
+        return data.load(name, root, train=train, size=size, limit=limit, lazy=lazy)
     except data.DataError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def is_folder(where: str) -> bool:
+    """Whether `load_data` reads this as a folder of pictures by class."""
+    if where == "auto" or where in READERS:
+        return False
+    root = Path(where).expanduser()
+    return root.is_dir() and data.detect(root) == "folder"
 
 
 def build_network(

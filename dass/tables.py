@@ -177,3 +177,11 @@ def shape(sizes: Sequence[int]) -> str:
 def _labels(results) -> list[str]:
     """The sparse labels of all results, in the order of their first appearance."""
     return list(dict.fromkeys(label for result in results for label in result["sparse"]))
+
+
+def deterministic_line(seed: int) -> str:
+    """What a report says of a run with --deterministic."""
+    return (
+        f"Deterministic algorithms only, all generators from seed {seed}: the same command on this "
+        "machine gives the same weights, bit for bit."
+    )

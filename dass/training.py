@@ -28,9 +28,19 @@ from dass.checkpoints import (
     read_checkpoint,
     save_whole,
 )
-from dass.data import Augment, Batches, ImageDataset
+from dass.data import Augment, Batches, ImageDataset, ResizedCrop
+from dass.distributed import (
+    average,
+    check_equal,
+    follow_rank_zero,
+    rank_and_world,
+    share_model,
+    total,
+)
+from dass.images import generator_for
 from dass.nn import SparseConv2d, SparseLinear
 from dass.schedule import attach_masks
+from dass.train_config import TrainConfig
 
 __all__ = [
     "CheckpointError",
@@ -51,70 +61,6 @@ MIRRORED_IS_ANOTHER = {"digits"}  # data sets in which a mirror image means some
 
 class TrainingError(Exception):
     """Training cannot go on: the loss is no longer a number."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """SGD with momentum; the rate rises linearly, then falls along a cosine to 0.
-
-    Args:
-        epochs: passes over the training images.
-        batch_size: images per step.
-        lr: the highest learning rate.
-        momentum: of Nesterov's form.
-        weight_decay: on weights with two or more dimensions, so not on biases and BatchNorm.
-        warmup: share of all steps in which the rate rises, in [0, 1).
-        label_smoothing: in [0, 1).
-        augment: random crops of padded images, and mirroring where the data allow it.
-        cutout: side in pixels of the square that is blanked in each augmented image; 0: none.
-        clip: largest norm of all gradients; 0: no limit.
-        auxiliary: weight of the loss of an auxiliary head (a model that returns two logits).
-        drop_path: what ``model.drop_path_prob`` rises to, linearly by epoch, where there is one.
-        channels_last: the memory format of a dense model; a pruned model runs in NCHW.
-        seed: of order, augmentation and dropout.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    epochs: int = 10
-    batch_size: int = 64
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    warmup: float = 0.2
-    label_smoothing: float = 0.0
-    augment: bool = True
-    cutout: int = 0
-    clip: float = 0.0
-    auxiliary: float = 0.4
-    drop_path: float = 0.0
-    channels_last: bool = True
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, good, needs in (
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("lr", self.lr > 0, "greater than 0"),
-            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
-            ("weight_decay", self.weight_decay >= 0, "at least 0"),
-            ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
-            ("cutout", self.cutout >= 0, "at least 0"),
-            ("clip", self.clip >= 0, "at least 0"),
-            ("auxiliary", self.auxiliary >= 0, "at least 0"),
-            ("drop_path", 0 <= self.drop_path < 1, "in [0, 1)"),
-        ):
-            if not good:
-                raise ValueError(f"{name} must be {needs}, got {getattr(self, name)}")
-
-    def lr_at(self, step: int, steps: int) -> float:
-        """The learning rate of step 0 .. steps - 1."""
-        rise = self.warmup * steps
-        if step < rise:
-            return self.lr * (step + 1) / (rise + 1)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
 class Sparsifier(Protocol):
@@ -148,9 +94,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """history: one dict per epoch with epoch (from 1), lr, train_loss, train_accuracy, seconds, and
-    test_loss and test_accuracy where there was a test set. seconds: of training, over all sittings,
-    without evaluation. resumed_at: the step that a checkpoint gave, 0 for a straight run."""
+    """history: one dict per epoch with epoch (from 1), lr, train_loss, train_accuracy, nonzeros (of
+    convolutions and linear layers, under their masks), seconds, and test_loss and test_accuracy
+    where there was a test set. seconds: of training, over all sittings, without evaluation.
+    resumed_at: the step that a checkpoint gave, 0 for a straight run."""
 
     history: list[dict[str, float]]
     seconds: float
@@ -179,9 +126,14 @@ def train(
     test: ImageDataset | None = None,
     checkpoint: str | os.PathLike | None = None,
     on_step: Callable[[Progress], None] | None = None,
+    on_epoch: Callable[[list[dict[str, float]]], None] | None = None,
     sparsifier: Callable[[nn.Module, torch.optim.Optimizer, int], Sparsifier] | None = None,
 ) -> TrainResult:
     """Trains `model` in place, on the device where it is.
+
+    In a process group each process takes its share of every batch: gradients are averaged, rank 0's
+    masks and statistics hold, and it alone writes the checkpoint, which all must be able to read.
+    What is left of an epoch after its last whole batch is then passed over.
 
     Args:
         model: float32 [B, C, H, W] -> logits. Frozen sparse layers stay at their masks.
@@ -192,24 +144,32 @@ def train(
             and on Ctrl-C or SIGTERM before KeyboardInterrupt is raised. A finished one makes the
             call return at once with the trained weights loaded. Written whole or not at all.
         on_step: called after each step.
+        on_epoch: called with the history so far at the start and after each epoch.
         sparsifier: (model, optimiser, steps) -> what changes the masks as the training goes on; its
             state is in the checkpoint.
 
     Raises:
         CheckpointError: the file is damaged, or of another configuration, data set or network.
         TrainingError: the loss became infinite or NaN.
-        ValueError: fewer images than classes of the model, or no images.
+        ValueError: no images, or fewer than processes.
+        RanksDiffer: processes drifted apart.
     """
     path = Path(checkpoint) if checkpoint is not None else None
     run = _Run(model, data, config, test, path, sparsifier)
     resumed_at = run.resume()
-    with torch.random.fork_rng(devices=[]), deferred_interrupts() as interrupted:
+    with torch.random.fork_rng(devices=[]), deferred_interrupts() as asked:
+
+        def interrupted() -> bool:
+            return total([int(asked())])[0] > 0
+
         if run.random is None:
             torch.manual_seed(config.seed)
         else:
             torch.set_rng_state(run.random)
+        if on_epoch:
+            on_epoch(run.history)
         while len(run.history) < config.epochs:
-            run.epoch(on_step, interrupted)
+            run.epoch(on_step, on_epoch, interrupted)
     model.eval()
     return TrainResult(run.history, run.seconds, run.steps, resumed_at)
 
@@ -233,8 +193,11 @@ class _Run:
     """One training run: everything that a checkpoint holds, and how it advances."""
 
     def __init__(self, model, data, config: TrainConfig, test, checkpoint: Path | None, sparsifier):
-        if len(data) == 0:
-            raise ValueError(f"{data.name}: no training images")
+        self.rank, self.world = rank_and_world()
+        if len(data) < self.world:
+            few = f"{len(data)} training images for {self.world} processes"
+            raise ValueError(f"{data.name}: {few if len(data) else 'no training images'}")
+        share_model(model)
         self.model, self.test, self.config, self.path = model, test, config, checkpoint
         self.device = _device(model)
         sparse = any(isinstance(m, (SparseConv2d, SparseLinear)) for m in model.modules())
@@ -245,9 +208,15 @@ class _Run:
         self.optimizer = _optimizer(model, config)
         if sparse:
             attach_masks(self.optimizer, model)
-        flip = data.name not in MIRRORED_IS_ANOTHER
-        augment = Augment(flip=flip, cutout=config.cutout) if config.augment else None
-        self.batches = Batches(data, config.batch_size, augment=augment, seed=config.seed)
+        self.batches = Batches(
+            data,
+            min(max(config.batch_size // self.world, 1), len(data) // self.world),
+            augment=_augment(data, config),
+            seed=config.seed,
+            drop_last=self.world > 1,
+            rank=self.rank,
+            world=self.world,
+        )
         self.steps = len(self.batches) * config.epochs
         self.sparsifier = sparsifier(model, self.optimizer, self.steps) if sparsifier else None
         self.step, self.seconds, self.random = 0, 0.0, None
@@ -255,7 +224,7 @@ class _Run:
         self.sums = {"loss": 0.0, "correct": 0, "images": 0, "seconds": 0.0}  # of this epoch
         self.saved_at = time.monotonic()
 
-    def epoch(self, on_step, interrupted: Callable[[], bool]) -> None:
+    def epoch(self, on_step, on_epoch, interrupted: Callable[[], bool]) -> None:
         """The rest of the epoch that the run is in, then its row of the history."""
         self.model.train()
         if hasattr(self.model, "drop_path_prob"):
@@ -275,10 +244,16 @@ class _Run:
                 self.save()
         self._close_epoch()
         self.save()
+        if on_epoch:
+            on_epoch(self.history)
         if interrupted():
             raise KeyboardInterrupt
 
     def _step(self, x: Tensor, y: Tensor) -> None:
+        if self.world > 1:  # dropout differs by rank, and rank 0's checkpoint is enough for all
+            torch.manual_seed(
+                generator_for("step", self.config.seed, self.step, self.rank).initial_seed()
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step, self.steps)
         x = x.to(self.device).contiguous(memory_format=self.format)
@@ -286,13 +261,15 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         with self.sparsifier.forward() if self.sparsifier else contextlib.nullcontext():
             logits, loss = self._loss(x, y)
-            value = loss.item()
-            if not math.isfinite(value):
+            hits = int((logits.argmax(1) == y).sum())
+            lost, hits, images = total([loss.item() * len(y), hits, len(y)])
+            if not math.isfinite(lost):
                 raise TrainingError(
-                    f"the loss is {value} at step {self.step + 1} of {self.steps}: "
+                    f"the loss is {lost} at step {self.step + 1} of {self.steps}: "
                     f"try a learning rate below {self.config.lr}"
                 )
             loss.backward()
+        average([p.grad for p in self.model.parameters() if p.grad is not None])
         if self.config.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         if not (self.sparsifier and self.sparsifier.replaces_step()):
@@ -300,9 +277,9 @@ class _Run:
         if self.sparsifier:
             self.sparsifier.step()
         self.step += 1
-        self.sums["loss"] += value * len(y)
-        self.sums["correct"] += int((logits.argmax(1) == y).sum())
-        self.sums["images"] += len(y)
+        self.sums["loss"] += lost
+        self.sums["correct"] += hits
+        self.sums["images"] += images
 
     def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(logits, loss); an auxiliary head's loss counts ``config.auxiliary`` of the main one."""
@@ -322,19 +299,31 @@ class _Run:
 
     def _close_epoch(self) -> None:
         sums = self.sums
+        masks = [b for b in self.model.buffers() if b.dtype == torch.bool]
+        check_equal([*self.model.parameters(), *masks], "weights and masks")
+        follow_rank_zero(self.model.buffers())
         row = {
             "epoch": len(self.history) + 1,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": sums["loss"] / sums["images"],
             "train_accuracy": sums["correct"] / sums["images"],
+            "nonzeros": _nonzeros(self.model),
             "seconds": sums["seconds"],
         }
         if self.test is not None:
-            found = evaluate(self.model, self.test)
-            row |= {"test_loss": found.loss, "test_accuracy": found.accuracy}
+            row |= self._test()
         self.history.append(row)
         self.seconds += sums["seconds"]
         self.sums = {"loss": 0.0, "correct": 0, "images": 0, "seconds": 0.0}
+
+    def _test(self) -> dict[str, float]:
+        if self.world == 1:
+            found = evaluate(self.model, self.test)
+            return {"test_loss": found.loss, "test_accuracy": found.accuracy}
+        share = torch.arange(self.rank, len(self.test), self.world)
+        found = evaluate(self.model, self.test.take(share))
+        loss, hits = total([found.loss * found.images, found.correct])
+        return {"test_loss": loss / len(self.test), "test_accuracy": hits / len(self.test)}
 
     def identity(self) -> dict:
         """What must agree for a checkpoint to be of this run."""
@@ -342,7 +331,7 @@ class _Run:
         return {**asdict(self.config), "data": data.name, "images": len(data)}
 
     def save(self) -> None:
-        if self.path is None:
+        if self.path is None or self.rank != 0:
             return
         state = {
             "format": _FORMAT,
@@ -365,7 +354,8 @@ class _Run:
         if self.path is None or not self.path.exists():
             return 0
         state = read_checkpoint(self.path, _FORMAT)
-        check_identity(self.path, state["identity"], self.identity(), "run")
+        known = {**asdict(TrainConfig()), **state["identity"]}  # an older file lacks newer settings
+        check_identity(self.path, known, self.identity(), "run")
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -380,6 +370,12 @@ class _Run:
         return self.step
 
 
+def _augment(data: ImageDataset, config: TrainConfig) -> Augment | None:
+    kind = ResizedCrop if config.resized_crop else Augment
+    flip = data.name not in MIRRORED_IS_ANOTHER
+    return kind(flip=flip, cutout=config.cutout) if config.augment else None
+
+
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -388,6 +384,17 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     ]
     nesterov = config.momentum > 0
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
+
+
+@torch.no_grad()
+def _nonzeros(model: nn.Module) -> int:
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    sparse = (SparseConv2d, SparseLinear)
+    used = {
+        layer.weight: layer.masked_weight() if isinstance(layer, sparse) else layer.weight
+        for layer in layers
+    }
+    return sum(int(weight.count_nonzero()) for weight in used.values())
 
 
 def _device(model: nn.Module) -> torch.device:

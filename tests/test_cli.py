@@ -1,16 +1,18 @@
 """The command line: train, prune, evaluate and bench on small networks; errors of the user."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import dass
-from dass import cli, commands
+from dass import cli, commands, training
 
 SMALL = ["--data", "synthetic", "--size", "16", "--limit", "64", "--threads", "1"]
 
@@ -30,6 +32,47 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "r20"
     command = ["train", "resnet20", *SMALL, "--epochs", 2, "--width", 0.5, "--run", folder]
     return folder, ok(*command), command
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["train", "resnet20", "--epochs", 2], ["sparse", "resnet20", "--recipe", "smoke"]],
+    ids=["train", "sparse"],
+)
+def test_deterministic_runs_end_with_the_same_bits(tmp_path, monkeypatch, command):
+    switched = []
+    real = training._Run._step
+    monkeypatch.setattr(
+        training._Run,
+        "_step",
+        lambda *a: switched.append(torch.are_deterministic_algorithms_enabled()) or real(*a),
+    )
+    states = []
+    for name in ("one", "two"):
+        torch.manual_seed(len(states))  # what a caller's generator holds must not matter
+        before = torch.get_rng_state()
+        words = [*SMALL, "--width", 0.25, "--seed", 3, "--run", tmp_path / name]
+        ok(*command, *words, "--deterministic")
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append(dass.load(tmp_path / name / "model.safetensors").state_dict())
+        assert "all generators from seed 3" in (tmp_path / name / "report.md").read_text()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert switched and all(switched) and not torch.are_deterministic_algorithms_enabled()
+    done = dass_(*command, *words)
+    assert done.exit_code == 2 and "deterministic True" in " ".join(done.output.split())
+
+
+def test_deterministic_refuses_what_is_not():
+    from dass.session import deterministic
+
+    ring = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="deterministic"), deterministic(True, 0):
+        torch.nn.functional.max_unpool2d(ring, torch.zeros(2, 3, 4, 4, dtype=torch.int64), 2)
+    drawn = []
+    for _ in range(2):
+        with deterministic(True, 7):
+            drawn.append((torch.rand(1).item(), random.random(), np.random.rand()))  # noqa: NPY002
+    assert drawn[0] == drawn[1]
 
 
 @pytest.fixture(scope="module")

@@ -306,6 +306,13 @@ def test_fresh_removes_the_run_and_nothing_else(tmp_path):
     }  # fmt: skip
 
 
+def test_a_setting_that_an_older_run_did_not_know_is_off(tmp_path):
+    RunFolder(tmp_path / "run", {"a": 1})
+    RunFolder(tmp_path / "run", {"a": 1, "new": False})
+    with pytest.raises(UserError, match="new False, not True"):
+        RunFolder(tmp_path / "run", {"a": 1, "new": True})
+
+
 def test_times_of_another_machine_are_taken_again(tmp_path):
     runs = RunFolder(tmp_path / "run", {})
     runs.finish("train", {"x": 1})

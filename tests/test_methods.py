@@ -277,6 +277,37 @@ def test_a_searched_density_per_edge_reaches_the_masks(images):
     assert len(own) == 4 * 4
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_ends_at_the_densities_of_single_layers(net, images, method):
+    own = {"conv1": 0.5, "head": 0.25}
+    for stage in stages_of(method, recipe(), 0.9, densities=own):
+        run_stage(net, stage, images)
+    layers = sparse_layers(net)
+    for name, density in own.items():
+        weight = layers[name].weight
+        assert int(layers[name].mask.sum()) == keep_count(weight.numel(), density), name
+    rest = [layer.mask for name, layer in layers.items() if name not in own]
+    total = sum(mask.numel() for mask in rest)
+    parts = [keep_count(mask.numel(), 0.1) for mask in rest]
+    shared = method in ("snip", "rigl")  # global and ERK: the sum is exact, not each layer
+    assert sum(int(mask.sum()) for mask in rest) == (
+        keep_count(total, 0.1) if shared else sum(parts)
+    )
+
+
+def test_snip_ranks_globally_among_the_others(net, images):
+    scores = snip_scores(net, images, 20)
+    (stage,) = stages_of("snip", recipe(), 0.9, densities={"conv2": 0.3})
+    stage.before(net, images)
+    layers = sparse_layers(net)
+    own = layers.pop("conv2")
+    assert scores["conv2"][own.mask].min() >= scores["conv2"][~own.mask].max()
+    kept = torch.cat([scores[n][layer.mask] for n, layer in layers.items()])
+    gone = torch.cat([scores[n][~layer.mask] for n, layer in layers.items()])
+    assert kept.numel() == keep_count(kept.numel() + gone.numel(), 0.1)
+    assert kept.sort().values[1] >= gone.max()  # but for the floor of extra
+
+
 def test_unknown_words():
     with pytest.raises(ValueError, match="unknown method 'lottery'; known: magnitude"):
         stages_of("lottery", SMOKE, 0.9)

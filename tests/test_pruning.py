@@ -216,8 +216,42 @@ def test_layers_may_have_densities_of_their_own(net):
     ):
         with pytest.raises(ValueError, match=message):
             prune(net, 0.9, densities=densities)
-    with pytest.raises(ValueError, match="need scope 'uniform'"):
-        prune(net, 0.9, scope="erk", densities={"stem": 0.5})
+    with pytest.raises(ValueError, match="pattern '2:4' fixes every density"):
+        prune(net, 0.5, pattern="2:4", densities={"stem": 0.5})
+
+
+@pytest.mark.parametrize("scope", ["erk", "global", "lamp"])
+def test_the_scope_shares_among_the_layers_without_a_density(net, scope):
+    alone = prune(copy.deepcopy(net), 0.9, scope=scope, exclude="stem")
+    report = prune(net, 0.9, scope=scope, densities={"stem": 0.5})
+    kept = {row.names: row.kept for row in report.layers}
+    stem = kept.pop(("stem",))
+    assert stem == keep_count(net.stem.weight.numel(), 0.5)
+    assert kept == {row.names: row.kept for row in alone.layers}
+    every = {row.names[0]: 0.3 for row in report.layers}
+    again = prune(net, 0.9, scope=scope, densities=every)
+    assert all(row.kept == keep_count(row.weights, 0.3) for row in again.layers)
+
+
+def test_a_schedule_takes_layers_to_densities_of_their_own(net):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    own = {"stem": 0.5, "block.3": 0.04}
+    pruner = GradualPruner(net, optimizer, 0.9, 0, 4, initial_sparsity=0.6, densities=own)
+    for step in range(5):
+        rows = {row.names[0]: row for row in pruner.step().layers}
+        shared = next(name for name in rows if name in ("block.3", "again"))
+        assert rows["stem"].kept == keep_count(rows["stem"].weights, 0.5)
+        curve = 1 - cubic_sparsity(step, 0, 4, 0.6, 0.96)
+        assert rows[shared].kept == keep_count(rows[shared].weights, curve)
+        others = [row for name, row in rows.items() if name not in ("stem", shared)]
+        curve = 1 - cubic_sparsity(step, 0, 4, 0.6, 0.9)
+        assert others and all(row.kept == keep_count(row.weights, curve) for row in others)
+    assert rows[shared].kept == keep_count(rows[shared].weights, 0.04)
+    state = pruner.state_dict()
+    with pytest.raises(ValueError, match="differs from"):
+        GradualPruner(net, optimizer, 0.9, 0, 4, initial_sparsity=0.6).load_state_dict(state)
+    with pytest.raises(ValueError, match="not pruned: nowhere"):
+        GradualPruner(net, optimizer, 0.9, 0, 4, densities={"nowhere": 0.5})
 
 
 @pytest.mark.parametrize(

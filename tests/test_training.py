@@ -237,6 +237,17 @@ def test_a_checkpoint_of_other_images_or_another_network_is_refused(data, test_d
         train(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), data, CONFIG, checkpoint=path)
 
 
+def test_a_checkpoint_from_before_a_setting_goes_on(data, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    train(net(), data, CONFIG, checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    del state["identity"]["resized_crop"]
+    torch.save(state, path)
+    assert train(net(), data, CONFIG, checkpoint=path).resumed_at == STEPS
+    with pytest.raises(CheckpointError, match="resized_crop False, not True"):
+        train(net(), data, TrainConfig(**{**vars(CONFIG), "resized_crop": True}), checkpoint=path)
+
+
 @pytest.mark.parametrize("damage", ["cut", "altered", "empty", "text", "other"])
 def test_a_damaged_checkpoint_is_a_clear_error(data, tmp_path, damage):
     path = tmp_path / "checkpoint.pt"
