@@ -88,13 +88,19 @@ def test_only_peers_that_agree_are_timed(case):
     assert "- wrong: not timed" in race.table(result)
 
 
-def test_a_peer_that_is_named_must_be_set_up(capsys):
+def test_wrong_arguments_are_refused_before_anything_runs():
     with pytest.raises(SystemExit, match="openvino is not set up: python -m"):
         command.main(["run", "--peers", "torch-eager", "openvino"])
     with pytest.raises(SystemExit, match="unknown peer 'tflite'; known: onnxruntime"):
         command.main(["run", "--peers", "tflite"])
+    with pytest.raises(SystemExit, match="unknown network 'vgg'"):
+        command.main(["run", "--network", "vgg"])
+    with pytest.raises(SystemExit, match="size must be at least 1"):
+        command.main(["run", "--size", "0"])
     with pytest.raises(SystemExit, match="threads must be 1 to"):
         command.main(["run", "--threads", "0"])
+    with pytest.raises(SystemExit, match="rounds must be at least 1"):
+        command.main(["run", "--rounds", "0"])
     with pytest.raises(SystemExit, match="unknown: tflite"):
         command.main(["setup", "tflite"])
 

@@ -9,6 +9,7 @@ See docs/peers.md.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "--dense",
         nargs="*",
         metavar="LAYER",
-        help="layers left dense: globs, first, last, depthwise",
+        help="layers left dense, by glob or word (default: first depthwise last)",
     )
     run.add_argument("--json", type=Path, help="write everything to this file")
     run.set_defaults(isa=None)
@@ -63,8 +64,13 @@ def run(options: argparse.Namespace) -> dict:
     from bench.peers import catalogue, models, race
 
     exclude = models.EXCLUDE if options.dense is None else options.dense
+    wanted = list(itertools.product(options.network, options.size, options.sparsity))
     try:
         race.cores(options.threads)
+        if options.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {options.rounds}")
+        for network, size, _ in wanted:
+            models.input_shape(network, size)
         peers, reasons = catalogue.available(options.peers)
     except (NotAvailable, ValueError) as reason:
         raise SystemExit(str(reason)) from None
@@ -72,32 +78,20 @@ def run(options: argparse.Namespace) -> dict:
     held.document["settings"] |= {"seconds": options.seconds, "reference": catalogue.REFERENCE}
     for reason in reasons:
         held.note(f"left out: {reason}")
-    for network in options.network:
-        for size in options.size:
-            for sparsity in options.sparsity:
-                with tempfile.TemporaryDirectory(prefix="dass-peers-") as folder:
-                    case = models.make(
-                        network,
-                        sparsity,
-                        Path(folder),
-                        size=size,
-                        batch=options.batch,
-                        exclude=exclude,
-                    )
-                    result = race.compare(
-                        case,
-                        peers,
-                        threads=options.threads,
-                        rounds=options.rounds,
-                        seconds=options.seconds,
-                    )
-                held.document["rows"].append(result)
-                held.document["failures"] += [
-                    f"{result['network']} {sparsity}: {name}: {why}"
-                    for name, why in result["failures"].items()
-                ]
-                held.save()
-                print(f"\n{race.table(result)}", flush=True)
+    how = {"threads": options.threads, "rounds": options.rounds, "seconds": options.seconds}
+    for network, size, sparsity in wanted:
+        with tempfile.TemporaryDirectory(prefix="dass-peers-") as folder:
+            case = models.make(
+                network, sparsity, Path(folder), size=size, batch=options.batch, exclude=exclude
+            )
+            result = race.compare(case, peers, **how)
+        held.document["rows"].append(result)
+        held.document["failures"] += [
+            f"{result['network']} {sparsity}: {name}: {why}"
+            for name, why in result["failures"].items()
+        ]
+        held.save()
+        print(f"\n{race.table(result)}", flush=True)
     return held.document
 
 

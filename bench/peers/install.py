@@ -23,11 +23,13 @@ class Environment:
     """What pip installs, and the module that must then import.
 
     shared: also imported into the present Python, so made from no other.
+    licence: what one should know of it before it is installed.
     """
 
     requirements: tuple[str, ...]
     module: str
     shared: bool = False
+    licence: str = ""
 
 
 ENVIRONMENTS = {
@@ -35,7 +37,11 @@ ENVIRONMENTS = {
     "onnxruntime": Environment(("onnxruntime==1.32.0",), "onnxruntime"),
     "openvino": Environment(("openvino==2026.4.1",), "openvino"),
     # 1.9.0 is an empty package; 1.8.0 was built for numpy 1 and for Python up to 3.11.
-    "deepsparse": Environment(("deepsparse==1.8.0", "numpy==1.26.4"), "deepsparse.engine"),
+    "deepsparse": Environment(
+        ("deepsparse==1.8.0", "numpy==1.26.4"),
+        "deepsparse.engine",
+        licence="closed; its licence allows evaluation only",
+    ),
     "mnn": Environment(("MNN==3.6.1",), "MNN"),
 }
 # Usage reports of the peers' packages.
@@ -79,6 +85,7 @@ def setup(name: str, interpreter: str = sys.executable) -> str:
         return f"{torch.__version__}, in the present environment"
     wanted = ENVIRONMENTS[name]
     found, what = root() / name / "bin" / "python", ", ".join(wanted.requirements)
+    what += f" ({wanted.licence})" if wanted.licence else ""
     if found.exists() and _installed(name) is not None:
         return f"{what}: already there"
     found.parent.parent.mkdir(parents=True, exist_ok=True)

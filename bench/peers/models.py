@@ -56,6 +56,14 @@ def zoo_name(network: str, size: int | None) -> str:
     return network + IMAGENET if large else network
 
 
+def input_shape(network: str, size: int | None) -> tuple[int, int, int]:
+    """(channels, height, width). ValueError: the zoo has no such network, or the size is none."""
+    channels, height, width = zoo.input_shape(zoo_name(network, size))
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}")
+    return channels, size or height, size or width
+
+
 def make(
     network: str,
     sparsity: float,
@@ -75,8 +83,7 @@ def make(
         width: see :func:`dass.zoo.create`.
     """
     name = zoo_name(network, size)
-    channels, height, image_width = zoo.input_shape(name)
-    shape = (batch, channels, size or height, size or image_width)
+    shape = (batch, *input_shape(network, size))
     generator = seed("peers", name, shape)
     with torch.random.fork_rng():
         torch.manual_seed(0)
