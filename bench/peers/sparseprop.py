@@ -20,15 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.contest import Entry, NotAvailable
+from bench.peers.install import root
 
 REQUIREMENT = "sparseprop==0.1.14"
 
 
 def folder() -> Path:
-    """Where it is installed: below DASS_PEERS, else the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    tag = f"{sys.implementation.cache_tag}-{REQUIREMENT.replace('==', '-')}"
-    return Path(os.environ.get("DASS_PEERS") or Path(cache) / "dass" / "peers") / tag
+    """Where it is installed: beside the other peers, one for each Python."""
+    return root() / f"{sys.implementation.cache_tag}-{REQUIREMENT.replace('==', '-')}"
 
 
 def install() -> Path:

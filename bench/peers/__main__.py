@@ -1,0 +1,107 @@
+"""Whole pruned networks in several inference runtimes, in one interleaved run.
+
+    python -m bench.peers setup [NAMES]      each runtime into an environment of its own
+    python -m bench.peers run --network mobilenet_v2 --size 224 --sparsity 0.9 0.95 --json FILE
+
+See docs/peers.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import tempfile
+from pathlib import Path
+
+from bench.contest import NotAvailable
+from bench.peers import install
+
+
+def parser() -> argparse.ArgumentParser:
+    parsed = argparse.ArgumentParser(prog="python -m bench.peers", description=_first_line())
+    commands = parsed.add_subparsers(dest="command", required=True)
+    setup = commands.add_parser("setup", help="install the runtimes; what is there is kept")
+    known = ["torch", *install.ENVIRONMENTS]
+    setup.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
+    setup.add_argument("--python", default=sys.executable, help="the Python to make them from")
+    run = commands.add_parser("run", help="compare and time them")
+    run.add_argument("--network", nargs="+", default=["mobilenet_v2"], help="of the zoo")
+    run.add_argument("--size", type=int, nargs="+", default=[None], help="pixels; 32 is CIFAR")
+    run.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95, 0.98])
+    run.add_argument("--batch", type=int, default=1)
+    run.add_argument("--threads", type=int, default=1)
+    run.add_argument("--rounds", type=int, default=7, help="turns of each runtime (default: 7)")
+    run.add_argument("--seconds", type=float, default=0.2, help="length of a turn")
+    run.add_argument("--peers", nargs="+", metavar="NAME", help="default: all that are set up")
+    run.add_argument(
+        "--dense",
+        nargs="*",
+        metavar="LAYER",
+        help="layers left dense, by glob or word (default: first depthwise last)",
+    )
+    run.add_argument("--json", type=Path, help="write everything to this file")
+    run.set_defaults(isa=None)
+    return parsed
+
+
+def _first_line() -> str:
+    return __doc__.split("\n")[0]
+
+
+def set_up(options: argparse.Namespace) -> None:
+    """Exits with 1 if a runtime could not be installed; the others are, then."""
+    known = ["torch", *install.ENVIRONMENTS]
+    if unknown := set(options.names) - set(known):
+        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    if failed := install.setup_all(options.names or known, options.python):
+        raise SystemExit(f"not set up: {', '.join(failed)}")
+
+
+def run(options: argparse.Namespace) -> dict:
+    """Compares; returns the document that --json writes, after each network anew."""
+    from bench import session
+    from bench.peers import catalogue, models, race
+
+    exclude = models.EXCLUDE if options.dense is None else options.dense
+    wanted = list(itertools.product(options.network, options.size, options.sparsity))
+    try:
+        race.cores(options.threads)
+        if options.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {options.rounds}")
+        for network, size, _ in wanted:
+            models.input_shape(network, size)
+        peers, reasons = catalogue.available(options.peers)
+    except (NotAvailable, ValueError) as reason:
+        raise SystemExit(str(reason)) from None
+    held = session.Session(options)
+    held.document["settings"] |= {"seconds": options.seconds, "reference": catalogue.REFERENCE}
+    for reason in reasons:
+        held.note(f"left out: {reason}")
+    how = {"threads": options.threads, "rounds": options.rounds, "seconds": options.seconds}
+    for network, size, sparsity in wanted:
+        with tempfile.TemporaryDirectory(prefix="dass-peers-") as folder:
+            case = models.make(
+                network, sparsity, Path(folder), size=size, batch=options.batch, exclude=exclude
+            )
+            result = race.compare(case, peers, **how)
+        held.document["rows"].append(result)
+        held.document["failures"] += [
+            f"{result['network']} {sparsity}: {name}: {why}"
+            for name, why in result["failures"].items()
+        ]
+        held.save()
+        print(f"\n{race.table(result)}", flush=True)
+    return held.document
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    if options.command == "setup":
+        set_up(options)
+    elif failures := run(options)["failures"]:
+        raise SystemExit(f"{len(failures)} without a time: see above")
+
+
+if __name__ == "__main__":
+    main()
