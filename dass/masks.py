@@ -170,8 +170,9 @@ def _largest(values: Tensor, k: int) -> Tensor:
     n = values.numel()
     if k >= n or k <= 0:
         return torch.full_like(values, k > 0, dtype=torch.bool)
-    # FakeTensor and other subclasses have no memory for NumPy to read.
-    if values.is_cpu and type(values) is Tensor and not torch.compiler.is_compiling():
+    # FakeTensor, other subclasses and torch.func's wrappers have no memory for NumPy to read.
+    plain = type(values) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(values)
+    if values.is_cpu and plain and not torch.compiler.is_compiling():
         return _largest_numpy(values, k)
     return _largest_torch(values, k)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from dass.distributed import rank_and_world
 from dass.drawing import draw_svg
 from dass.genotype import Genotype
 from dass.images import ImageDataset
+from dass.logs import RunLog
 from dass.report import Drawing, Plot, Report, Section, Table, machine_table, write_text
 from dass.runs import RunFolder
 from dass.search_cost import compare_finetuning, estimate
@@ -61,22 +62,32 @@ def _search(config: SearchConfig, data: ImageDataset, run: RunFolder, console: C
         guess = estimate(config, data)
         console.print(f"about {_duration(guess.seconds)} and {guess.bytes / 2**20:,.0f} MiB")
 
-    with Display({"search": 1}, console) as display, display.stage("search") as tell:
-        found = searched(config, data, checkpoint, tell)
+    with (
+        Display({"search": 1}, console) as display,
+        display.stage("search") as tell,
+        RunLog(run.path, "search") as log,
+    ):
+        found = searched(config, data, checkpoint, tell, log)
         for row in found["history"]:
             for sign in row["signs"]:
                 display.say(f"  epoch {row['epoch']}: {sign}")
     return found
 
 
-def searched(config: SearchConfig, data: ImageDataset, checkpoint: Path, tell: Tell) -> dict:
+def searched(
+    config: SearchConfig,
+    data: ImageDataset,
+    checkpoint: Path,
+    tell: Tell,
+    log: Callable[[list[dict]], None] | None = None,
+) -> dict:
     """Searches, and tells how far it is; -> the result as plain JSON types."""
 
     def on_step(p: SearchProgress) -> None:
         note = f"{p.phase} {p.epoch}/{p.epochs}, loss {p.loss:.3f}, {p.accuracy:.1%}"
         tell(p.step / p.steps, note)
 
-    result = search(config, checkpoint=checkpoint, on_step=on_step, data=data)
+    result = search(config, checkpoint=checkpoint, on_step=on_step, on_epoch=log, data=data)
     return {
         "data": data.name,
         "images": len(data),

@@ -80,6 +80,7 @@ def search(
     *,
     checkpoint: Path | None = None,
     on_step: Callable[[SearchProgress], None] | None = None,
+    on_epoch: Callable[[list[dict]], None] | None = None,
     data: ImageDataset | None = None,
 ) -> SearchResult:
     """Searches an architecture for sparse networks (DASS, arXiv 2207.06968).
@@ -92,6 +93,7 @@ def search(
         checkpoint: a file to go on from if it exists, written every 15 s and after each epoch. A
             search that was killed and goes on ends, bit for bit, as one that ran through.
         on_step: called after each step.
+        on_epoch: called with the history so far at the start and after each epoch.
         data: training images, instead of what the configuration names.
 
     Raises:
@@ -105,8 +107,12 @@ def search(
     with deferred_interrupts() as interrupted:
         run = Searcher(config, data, checkpoint)
         resumed_at = run.resume()
+        if on_epoch:
+            on_epoch(run.history)
         while run.phase is not None and run.stopped is None:
             run.epoch(on_step, interrupted)
+            if on_epoch:
+                on_epoch(run.history)
     genotype, selection = run.select(on_step)
     return SearchResult(
         genotype, config, run.history, run.seconds, resumed_at, run.stopped, selection

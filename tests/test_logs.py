@@ -31,11 +31,15 @@ def net():
 
 
 def scalars(folder):
-    """tag -> [(step, value)] of an events folder, all its files together."""
+    """tag -> [(step, value)] of an events folder, by step.
+
+    Files of one second are read in the order of their names, where 10 comes before 9.
+    """
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(folder)).Reload()
+    events = accumulator.EventAccumulator(str(folder), purge_orphaned_data=False).Reload()
     return {
-        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+        tag: sorted((e.step, e.value) for e in events.Scalars(tag))
+        for tag in events.Tags()["scalars"]
     }
 
 

@@ -769,3 +769,19 @@ def test_a_full_mask_runs_dense():
     mask[0, 0, 0, 0] = False
     assert layer.set_mask(mask).is_packed
     assert not layer.set_mask(torch.ones_like(mask)).is_packed
+
+
+def test_torch_func_differentiates_scores():
+    torch.manual_seed(0)
+    layer = SparseConv2d(4, 6, 3).learn_mask(0.25)
+    x = torch.randn(2, 4, 6, 6)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, x).square().sum()
+
+    found = torch.func.grad(loss)(parameters)
+    loss(dict(layer.named_parameters())).backward()
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(found[name], p.grad)
+    assert bool(found["scores"].any())

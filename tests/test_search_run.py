@@ -45,6 +45,9 @@ def test_a_search_leaves_a_folder_and_is_not_repeated(short, tmp_path):
     assert [row["phase"] for row in found["search"]["history"]] == ["pretrain", "prune", "finetune"]
     assert found["finetuning_step"]["speedup"] > 0 and found["finetuning_step"]["layers"] > 50
     assert not list(folder.glob("*.pt"))
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in logged] == [1, 2, 3]
+    assert logged[0]["train_loss"] == found["search"]["history"][0]["train_loss"]
     before = (folder / "stages" / "search.json").read_text()
     ok(*command)
     assert (folder / "stages" / "search.json").read_text() == before
