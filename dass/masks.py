@@ -170,11 +170,15 @@ def _largest(values: Tensor, k: int) -> Tensor:
     n = values.numel()
     if k >= n or k <= 0:
         return torch.full_like(values, k > 0, dtype=torch.bool)
-    # FakeTensor, other subclasses and torch.func's wrappers have no memory for NumPy to read.
-    plain = type(values) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(values)
-    if values.is_cpu and plain and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _has_memory(values):
         return _largest_numpy(values, k)
     return _largest_torch(values, k)
+
+
+def _has_memory(values: Tensor) -> bool:
+    """Whether NumPy can read it: no FakeTensor, no other subclass, no wrapper of torch.func."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(values)
+    return values.is_cpu and type(values) is Tensor and not wrapped
 
 
 def _largest_numpy(values: Tensor, k: int) -> Tensor:
