@@ -218,7 +218,7 @@ _KILLED = """
 
 
 @pytest.mark.slow
-def test_after_kill_9_the_run_ends_as_the_straight_one(straight, tmp_path, monkeypatch):
+def test_after_kill_9_the_run_ends_as_the_straight_one(straight, tmp_path, monkeypatch, one_thread):
     folder = tmp_path / "demo"
     script = textwrap.dedent(_KILLED).format(tests=os.path.dirname(__file__), folder=str(folder))
     with subprocess.Popen([sys.executable, "-c", script]) as child:
@@ -227,9 +227,7 @@ def test_after_kill_9_the_run_ends_as_the_straight_one(straight, tmp_path, monke
             time.sleep(0.01)
         child.send_signal(signal.SIGKILL)
     skip_measuring(monkeypatch)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: 1)
-        results = run(folder)
+    results = run(folder)
     assert learned(results) == learned(straight[1])
     assert weights(folder) == weights(straight[0])
 
