@@ -8,7 +8,7 @@ make zero of zero, and a ReLU passes nothing back at zero, so a channel
 - that no kept weight of what follows reads cannot matter.
 
 Neither is computed. Loss and gradients are those of the whole operation; a weight that cannot
-matter gets no gradient.
+matter gets no gradient, and so no weight decay either.
 """
 
 from __future__ import annotations

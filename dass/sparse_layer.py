@@ -1,10 +1,11 @@
 """What every sparse layer has: a mask, learned or frozen, and what is derived from it.
 
 A layer is in one of two states. **Frozen** (``scores is None``): the mask is fixed and the layer
-runs packed, that is, the kernels see only the kept weights. **Learned** (after ``learn_mask()``):
-the mask is the top-k of ``scores`` and moves with every step, so the layer runs masked-dense,
-because a straight-through gradient needs the dense gradient. Both give the same outputs and
-gradients.
+runs packed, that is, the kernels see only the kept weights; a mask that keeps all runs dense, but
+where the kernels are faster at that too (:func:`dass.nn.depthwise_suits_kernels`). **Learned**
+(after ``learn_mask()``): the mask is the top-k of ``scores`` and moves with every step, so the
+layer runs masked-dense, because a straight-through gradient needs the dense gradient. Both give the
+same outputs and gradients.
 
 ``weight`` is an ordinary dense Parameter in both. What a frozen layer adds is its indices, built
 from the mask by ``set_mask``, ``freeze_mask``, ``load_state_dict``, ``train`` and ``refresh``. They

@@ -125,26 +125,26 @@ class _Sources:
     def __init__(self, taking_part: int, live: Mapping[nn.Module, LiveOp]):
         self.taking_part, self.live = taking_part, live
         self.states: list[Tensor] = []
-        self.parts: list[Tensor] = []
         self.done: dict[object, Tensor] = {}
 
-    def add(self, state: Tensor) -> None:
-        self.states.append(state)
-        whole = state.size(1) == self.taking_part
-        self.parts.append(state if whole else state[:, : self.taking_part])
-
-    def once(self, key: object, function: Callable[[Tensor], Tensor], source: int) -> Tensor:
+    def once(self, key: object, source: int, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, made the first time."""
         if (key, source) not in self.done:
-            self.done[key, source] = function(self.parts[source])
+            self.done[key, source] = make()
         return self.done[key, source]
+
+    def part(self, source: int) -> Tensor:
+        """The channels that take part."""
+        x = self.states[source]
+        return x if x.size(1) == self.taking_part else x[:, : self.taking_part]
 
     def term(self, op: nn.Module, source: int, place: int) -> Term | None:
         """op(source), weighted by the place's weight; None if it is zero."""
         if isinstance(op, Zero):
             return None
         if not hasattr(op, "after_relu"):
-            return Term(self.once(op, op, source), place)
-        x = self.once("relu", F.relu, source)
+            return Term(self.once(op, source, lambda: op(self.part(source))), place)
+        x = self.once("relu", source, lambda: F.relu(self.part(source)))
         live = self.live.get(op)
         if live is None:
             return Term(op.after_relu(x), place)
@@ -199,13 +199,12 @@ class SearchCell(nn.Module):
     def forward(self, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
         """a, b: outputs of the cell before the last and of the last; weights [14, choices]."""
         sources = _Sources(self.taking_part, self.live)
-        sources.add(self.inputs[0](a))
-        sources.add(self.inputs[1](b))
+        sources.states += [self.inputs[0](a), self.inputs[1](b)]
         for node in CONCAT:
             mixed = self._mixed(sources, node, weights)
             if self.taking_part < self.channels:
                 mixed = self._interleaved(mixed, sources, node)
-            sources.add(mixed)
+            sources.states.append(mixed)
         return torch.cat(sources.states[INPUTS:], 1)
 
     def _mixed(self, sources: _Sources, node: int, weights: Tensor) -> Tensor:
@@ -226,10 +225,8 @@ class SearchCell(nn.Module):
             x = sources.states[source][:, self.taking_part :]
             return F.max_pool2d(x, 2, ceil_mode=True) if x.shape[2:] != mixed.shape[2:] else x
 
-        for source in range(node):
-            sources.done.setdefault(("rest", source), rest(source))
-        others = sum(sources.done["rest", source] for source in range(node))
-        out = torch.cat([mixed, others], 1)
+        others = [sources.once("rest", s, lambda s=s: rest(s)) for s in range(node)]
+        out = torch.cat([mixed, sum(others)], 1)
         parts = self.channels // self.taking_part
         return out.unflatten(1, (parts, self.taking_part)).transpose(1, 2).flatten(1, 2)
 

@@ -1,6 +1,9 @@
 """``dass search`` and ``dass latency-table``: folders, reports, predictions."""
 
+import itertools
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from dass import cli, search_cost
 from dass.checkpoints import CheckpointError
 from dass.latency_table import LatencyTable, blocks_of
 from dass.strategies import SearchConfig
+from dass.supernet import Supernet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,12 +79,17 @@ def test_what_the_user_gets_wrong_is_one_line(short, tmp_path):
         assert message in " ".join(done.output.split())
 
 
-def test_the_estimate_counts_steps_and_bytes():
+def test_the_estimate_counts_steps_and_bytes(monkeypatch):
     config = SearchConfig(channels=4, layers=1, batch_size=8, epochs=(2, 1, 3), size=8)
     data = dass.data.load("synthetic", train=True, size=8, limit=32)
+    clock = itertools.count()
+    monkeypatch.setattr(search_cost, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     guess = search_cost.estimate(config, data)
-    again = search_cost.estimate(SearchConfig(**{**vars(config), "recompute": True}), data)
-    assert guess.seconds > 0 and again.bytes < guess.bytes
+    again = search_cost.estimate(replace(config, recompute=True), data)
+    assert guess.seconds == (32 // 2) // 8 * 6  # a second per step
+    network = Supernet(4, 1, len(data.classes))
+    assert guess.bytes > 3 * 4 * sum(p.numel() for p in network.parameters())
+    assert again.bytes < guess.bytes
 
 
 def test_a_table_measures_what_is_asked_for_and_keeps_it(tmp_path, monkeypatch):
@@ -130,8 +139,6 @@ def test_a_pruned_network_is_timed():
 
 
 def test_costs_are_sums_over_the_cells_of_a_kind(monkeypatch):
-    from dass.supernet import Supernet
-
     monkeypatch.setattr(LatencyTable, "_measure", lambda self, name, shape, *rest: shape[0])
     network = Supernet(4, 3, 10)
     tables = LatencyTable().costs(network, (3, 16, 16), 0.1)
