@@ -29,7 +29,7 @@ def depthwise_suits_kernels(channels: int, dilation: tuple[int, int]) -> bool:
     """Whether a dense depthwise convolution is faster on the kernels than in oneDNN, on a CPU.
 
     Dilated, or of fewer channels than a register holds: oneDNN has no fast backward pass for these.
-    36 channels, 5x5, dilation 2, 64 images of 32x32: 27 ms forward and backward, and 6 ms here.
+    Forward and backward are 2 to 15 times as fast here (``python -m bench.bench_search``).
     """
     return 1 < channels < 16 or (channels > 1 and max(dilation) > 1)
 
