@@ -1,0 +1,1 @@
+"""Whole networks: capture, simplify, plan, run. `dass.compile` is the way in."""
