@@ -2,6 +2,9 @@
 
 Shapes leave out the batch: (C, H, W) for pictures, (K,) for vectors. Activations are words:
 "relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid", or None.
+
+Weights, biases and scales are float64 while the graph is being simplified and rounded once, at the
+end of `dass.engine.passes.simplify`; what is said of their dtype here holds from then on.
 """
 
 from __future__ import annotations
@@ -73,9 +76,9 @@ class Linear(Node):
 class Pool(Node):
     """Maximum or mean of each window, then act(scale y + bias) per channel.
 
-    kind: "max" (padding is minus infinity) or "avg". padding: top, bottom, left, right, already with
-    what ceil_mode adds. count_padding: whether the mean divides by the size of the window (True) or
-    by its pixels inside the picture. scale, bias: float32 [C] or None.
+    kind: "max" (padding is minus infinity) or "avg". padding: top, bottom, left, right, already
+    with what ceil_mode adds. count_padding: whether the mean divides by the size of the window
+    (True) or by its pixels inside the picture. scale, bias: float32 [C] or None.
     """
 
     kind: str
@@ -136,9 +139,11 @@ class Flatten(Node):
 class Torch(Node):
     """What the engine has no step for; it runs in torch.
 
-    target: an overload of torch.ops.aten, as "aten.roll.default". arguments, options: positional and
-    keyword arguments as JSON knows them, where {"input": i} stands for inputs[i] and
-    {"constant": key} for constants[key]. reason: why it is not a step of the engine, for people.
+    target: an overload of torch.ops.aten, as "aten.roll.default". arguments, options: positional
+    and keyword arguments as JSON knows them, where {"input": i} stands for inputs[i] and
+    {"constant": key} for constants[key], {"batch": true} for the size of the batch and
+    {"torch": name} for torch.float32 and its like. reason: why it is not a step of the engine, for
+    people.
     """
 
     target: str
@@ -150,10 +155,14 @@ class Torch(Node):
 
 @dataclass
 class Graph:
-    """Nodes in an order in which each comes after its inputs; the first one is the Input."""
+    """Nodes in an order in which each comes after its inputs; the first one is the Input.
+
+    batch: the only size of batch that the graph is good for; None: any.
+    """
 
     nodes: list[Node]
     outputs: list[str]
+    batch: int | None = None
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
