@@ -106,12 +106,11 @@ class _Keep:
 
     def _visit(self, node: Node) -> None:
         kept = self.keep[node.name]
-        if isinstance(node, Input):
+        if isinstance(node, Input) or not kept.any():
             return
         if isinstance(node, Torch):
-            if kept.any():
-                for name in [node.name, *node.inputs]:
-                    self._want(name, torch.ones_like(self.keep[name]))
+            for name in [node.name, *node.inputs]:
+                self._want(name, torch.ones_like(self.keep[name]))
         elif node.name in self.reads:
             self._want(node.inputs[0], self.reads[node.name][kept].any(0))
             if len(node.inputs) == 2:
