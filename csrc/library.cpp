@@ -5,6 +5,7 @@
 
 #include "cpu/isa.h"
 #include "ops/ops.h"
+#include "program/bind.h"
 
 // `pattern` is the int32 tensor that dass_kernels.pack builds: indices, transpose and permutation.
 // `spec` is out channels, kh, kw, stride (2), padding (top, bottom, left, right), dilation (2),
@@ -78,6 +79,7 @@ PYBIND11_MODULE(_C, m) {
       },
       pybind11::arg("isa"), pybind11::arg("dtype") = "f32");
   m.def("kernel_table", &kernel_table);
+  dass::bind_program(m);
   m.attr("__version__") = DASS_VERSION;
   m.attr("built_torch") = DASS_TORCH_VERSION;
 }

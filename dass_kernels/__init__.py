@@ -13,10 +13,12 @@ from .build import active_isa, available_isas, build_info, set_isa
 from .formats import Packed, build_pattern, choose_format, flat_index, pack
 from .lanes import conv2d_lanes, from_lanes, register_lanes, to_lanes
 from .ops import conv2d, conv2d_values, conv_spec, linear, linear_values, spmm
+from .program import Program, emit_unavailable
 
 __version__ = _C.__version__
 __all__ = [
     "Packed",
+    "Program",
     "active_isa",
     "available_isas",
     "build_info",
@@ -26,6 +28,7 @@ __all__ = [
     "conv2d_lanes",
     "conv2d_values",
     "conv_spec",
+    "emit_unavailable",
     "flat_index",
     "from_lanes",
     "linear",

@@ -1,6 +1,7 @@
 // Compiled once per instruction set, with DASS_ISA_NAME and the flags of that set.
 #include "kernels.h"
 
+#include "dense.inl.h"
 #include "gemv.inl.h"
 #include "sddmm.inl.h"
 #include "spmm.inl.h"
@@ -83,6 +84,7 @@ constexpr KernelTable make_table() {
   t.isa = DASS_ISA_STRING;
   t.f32 = make_kernels<float>();
   t.f64 = make_kernels<double>();
+  t.dense = &kDense;
 #if defined(DASS_ISA_AVX512)
   t.f32.gemv = &gemv;
 #endif

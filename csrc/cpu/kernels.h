@@ -6,7 +6,16 @@
 
 namespace dass {
 
-enum Activation : int32_t { kNone = 0, kRelu = 1, kRelu6 = 2, kHardswish = 3 };
+enum Activation : int32_t {
+  kNone = 0,
+  kRelu = 1,
+  kRelu6 = 2,
+  kHardswish = 3,
+  // Compiled networks only, and there not in the products' own kernels.
+  kHardsigmoid = 4,
+  kSigmoid = 5,
+  kSilu = 6,
+};
 
 // Where the pixels of entry i start, counted in elements from a tile's x.
 enum Address : int {
@@ -33,15 +42,18 @@ struct SpmmTile {
   T* y;             // output of row 0; row r starts at y + r * ldy
   int64_t ldy;
   const T* bias;      // by output row, or null
-  const T* residual;  // laid out like y, or null
+  const T* residual;  // laid out like y, or null; row r starts at residual + r * ldr
+  int64_t ldr;
   // Tiles of more than kRunVectors vectors are two runs of pixels, the first with the odd vector: the
   // second run starts this many elements after the first, in x and in y.
   int64_t gap;
   int64_t out_gap;
   // Vector v keeps the lanes in masks[v] and stores them at outs[v]. With `masks` null, the vectors of
-  // a run are stored side by side, whole but for the last one, of which `tail` lanes are kept.
+  // a run are stored side by side, whole but for the last one, of which `tail` lanes are kept. With
+  // `masks` and no `outs` they are stored side by side too, zeros in the lanes that are not kept.
   const uint32_t* masks;
   const int32_t* outs;
+  const int32_t* rows;  // where output row r goes, in rows of y; null: to row r
   int32_t tail;
   Activation activation;
   // Column blocks (`blocked` kernels): this call takes the entries whose index is below `limit`, from
@@ -119,10 +131,13 @@ struct Kernels {
   TransposeFn<T> transpose;
 };
 
+struct DenseKernels;
+
 struct KernelTable {
   const char* isa;
   Kernels<float> f32;
   Kernels<double> f64;
+  const DenseKernels* dense;
 };
 
 template <class T>

@@ -4,27 +4,12 @@
 // bound by the load ports (V + 1 loads for V FMAs), so wide tiles win until the panel leaves L1.
 // With R x 1 blocks each load feeds R multiply-adds and the bound moves to the FMA units.
 #pragma once
+#include "activation.inl.h"
 #include "kernels.h"
 #include "vec.h"
 
 namespace dass {
 namespace DASS_ISA_NAME {
-
-template <class T>
-DASS_INLINE Vec<T> activate(Vec<T> v, Activation activation) {
-  const Vec<T> zero = Vec<T>::zero();
-  const Vec<T> six = Vec<T>::set1(T(6));
-  switch (activation) {
-    case kRelu:
-      return vmax(zero, v);
-    case kRelu6:
-      return vmin(six, vmax(zero, v));
-    case kHardswish:  // x * clamp(x + 3, 0, 6) / 6
-      return v * vmin(six, vmax(zero, v + Vec<T>::set1(T(3)))) * Vec<T>::set1(T(1) / T(6));
-    default:
-      return v;
-  }
-}
 
 // Keeps `n` lanes: they are the first ones once masked lanes have been compressed away.
 template <class T>
@@ -41,8 +26,17 @@ DASS_INLINE void finish(Vec<T> v, int n, T* y, const T* residual, Activation act
 template <class T, int V>
 DASS_INLINE void store_row(const SpmmTile<T>& t, const Vec<T>* acc, int64_t row) {
   constexpr int lanes = Vec<T>::lanes;
+  if (t.rows) row = t.rows[row];
   T* y = t.y + row * t.ldy;
-  const T* residual = t.residual ? t.residual + row * t.ldy : nullptr;
+  const T* residual = t.residual ? t.residual + row * t.ldr : nullptr;
+  if (t.masks && !t.outs) {
+#pragma GCC unroll 32
+    for (int v = 0; v < V; ++v) {
+      Vec<T> sum = residual ? acc[v] + Vec<T>::load(residual + v * lanes) : acc[v];
+      activate(sum, t.activation).keep(t.masks[v]).store(y + v * lanes);
+    }
+    return;
+  }
   if (t.masks) {
 #pragma GCC unroll 32
     for (int v = 0; v < V; ++v) {

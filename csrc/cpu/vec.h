@@ -34,6 +34,15 @@ struct Vec<float> {
   DASS_INLINE void store_n(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), r); }
   // The lanes whose bit is set in `mask`, moved together to the front.
   DASS_INLINE Vec compress(uint32_t mask) const { return {_mm512_maskz_compress_ps(static_cast<__mmask16>(mask), r)}; }
+  // Zeros in the lanes whose bit is not set.
+  DASS_INLINE Vec keep(uint32_t mask) const { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(mask), r)}; }
+  // Elements 0, 2, 4, ... (1, 3, 5, ...) of the registers a and b, one after the other.
+  static DASS_INLINE Vec even(Vec a, Vec b) { return {_mm512_permutex2var_ps(a.r, every_other(0), b.r)}; }
+  static DASS_INLINE Vec odd(Vec a, Vec b) { return {_mm512_permutex2var_ps(a.r, every_other(1), b.r)}; }
+  static DASS_INLINE __m512i every_other(int first) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_add_epi32(even, _mm512_set1_epi32(first));
+  }
   DASS_INLINE void fma(Vec a, Vec b) { r = _mm512_fmadd_ps(a.r, b.r, r); }
   DASS_INLINE float sum() const { return _mm512_reduce_add_ps(r); }
 };
@@ -50,6 +59,7 @@ struct Vec<double> {
   DASS_INLINE void store(double* p) const { _mm512_storeu_pd(p, r); }
   DASS_INLINE void store_n(double* p, int n) const { _mm512_mask_storeu_pd(p, first(n), r); }
   DASS_INLINE Vec compress(uint32_t mask) const { return {_mm512_maskz_compress_pd(static_cast<__mmask8>(mask), r)}; }
+  DASS_INLINE Vec keep(uint32_t mask) const { return {_mm512_maskz_mov_pd(static_cast<__mmask8>(mask), r)}; }
   DASS_INLINE void fma(Vec a, Vec b) { r = _mm512_fmadd_pd(a.r, b.r, r); }
   DASS_INLINE double sum() const { return _mm512_reduce_add_pd(r); }
 };
@@ -90,6 +100,16 @@ struct Vec<float> {
       if (mask >> lane & 1u) out[n++] = in[lane];
     return {_mm256_load_ps(out)};
   }
+  DASS_INLINE Vec keep(uint32_t mask) const {
+    const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bits);
+    return {_mm256_and_ps(r, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bits)))};
+  }
+  static DASS_INLINE Vec even(Vec a, Vec b) { return {pairs(_mm256_shuffle_ps(a.r, b.r, 0x88))}; }
+  static DASS_INLINE Vec odd(Vec a, Vec b) { return {pairs(_mm256_shuffle_ps(a.r, b.r, 0xdd))}; }
+  static DASS_INLINE __m256 pairs(__m256 v) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
+  }
   DASS_INLINE void fma(Vec a, Vec b) { r = _mm256_fmadd_ps(a.r, b.r, r); }
   DASS_INLINE float sum() const {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(r), _mm256_extractf128_ps(r, 1));
@@ -118,6 +138,11 @@ struct Vec<double> {
     for (int lane = 0, n = 0; lane < 4; ++lane)
       if (mask >> lane & 1u) out[n++] = in[lane];
     return {_mm256_load_pd(out)};
+  }
+  DASS_INLINE Vec keep(uint32_t mask) const {
+    const __m256i bits = _mm256_setr_epi64x(1, 2, 4, 8);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi64x(static_cast<int64_t>(mask)), bits);
+    return {_mm256_and_pd(r, _mm256_castsi256_pd(_mm256_cmpeq_epi64(set, bits)))};
   }
   DASS_INLINE void fma(Vec a, Vec b) { r = _mm256_fmadd_pd(a.r, b.r, r); }
   DASS_INLINE double sum() const {
@@ -178,6 +203,15 @@ struct Vec {
     for (int i = 0, n = 0; i < lanes; ++i)
       if (mask >> i & 1u) out.r[n++] = r[i];
     return out;
+  }
+  DASS_INLINE Vec keep(uint32_t mask) const {
+    const Reg& from = r;
+    return make([&](int i) { return mask >> i & 1u ? from[i] : T(0); });
+  }
+  static DASS_INLINE Vec even(Vec a, Vec b) { return every_other(a, b, 0); }
+  static DASS_INLINE Vec odd(Vec a, Vec b) { return every_other(a, b, 1); }
+  static DASS_INLINE Vec every_other(Vec a, Vec b, int first) {
+    return make([&](int i) { return 2 * i < lanes ? a.r[2 * i + first] : b.r[2 * i + first - lanes]; });
   }
   DASS_INLINE void fma(Vec a, Vec b) {
 #if defined(DASS_ISA_NEON)

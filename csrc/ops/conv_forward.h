@@ -168,7 +168,7 @@ void conv_pointwise(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, con
       t.x = src;
     }
     t.y = y + n * s.o * pixels + p0;
-    t.ldy = pixels;
+    t.ldy = t.ldr = pixels;
     if (t.residual) t.residual += n * s.o * pixels + p0;
     t.tail = static_cast<int32_t>(count - (v - 1) * lanes);
     run_tile(k, m, t, pitch_entries(m), v, pack ? block : cg);
@@ -260,7 +260,7 @@ void conv_planes(const Kernels<T>& k, const Matrix<T>& m, const Shape& s, const 
     const int64_t count = whole ? rows : last_rows;
     SpmmTile<T> t = make_tile(m, e);
     set_rows(t, m, g, first, last, parts);
-    t.ldy = s.oh * s.ow;
+    t.ldy = t.ldr = s.oh * s.ow;
     const int64_t at = n * s.o * t.ldy + oy0 * s.ow;
     t.y = y + at;
     if (t.residual) t.residual += at;

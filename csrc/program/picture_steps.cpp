@@ -1,0 +1,263 @@
+// Dense steps: depthwise convolutions, pooling, element by element, means, linear layers, conversions.
+#include <algorithm>
+#include <stdexcept>
+
+#include "../cpu/isa.h"
+#include "step.h"
+
+namespace dass {
+namespace {
+
+Picture picture(const Pass& pass, const Place& p, int64_t first) {
+  return {pass.at(p) + first * p.channel, p.channel, p.pitch * p.pixel};
+}
+
+// Row pitches are in floats for the kernels.
+PlanesOut rows_out(const Pass& pass, const Place& p, int64_t first, int64_t last) {
+  PlanesOut out = planes_out(pass, p, first, last);
+  out.pitch *= p.pixel;
+  return out;
+}
+
+// Floats of a plane that a kernel which goes row by row has written, zeros right of the last row too.
+int64_t written(const Place& p) { return p.end() + p.zeros(); }
+
+class DepthwiseStep : public Step {
+ public:
+  explicit DepthwiseStep(DepthwiseSpec s) : s_(std::move(s)) {
+    const int64_t slot = (s_.kernel - 3) / 2;
+    if (s_.kernel % 2 == 0 || slot < 0 || slot > 2) throw std::invalid_argument("depthwise: kernel must be 3, 5 or 7");
+    if (s_.y.pixel == 1 && s_.stride_w > 2) throw std::invalid_argument("depthwise: stride must be 1 or 2");
+    if (s_.x.pad < std::max(s_.top, s_.left)) throw std::invalid_argument("depthwise: too few zeros around x");
+    fn_ = active_table().dense->depthwise[slot];
+  }
+  void run(const Pass& pass, int64_t part, int64_t parts) const override {
+    const auto [first, last] = share(s_.y.channels, part, parts);
+    const int64_t pitch = s_.x.pitch * s_.x.pixel;
+    DepthwiseArgs a{};
+    a.x = picture(pass, s_.x, first);
+    a.x.data -= s_.top * pitch + s_.left * s_.x.pixel;
+    a.y = rows_out(pass, s_.y, first, last);
+    a.weights = s_.weights.data() + first * s_.kernel * s_.kernel;
+    a.bias = s_.bias.data() + first;
+    a.tap_row = s_.dilation_h * pitch;
+    a.tap_column = s_.dilation_w * s_.x.pixel;
+    a.stride_row = s_.stride_h * pitch;
+    a.stride = s_.stride_w;
+    a.activation = s_.activation;
+    fn_(a);
+    zero_around(pass, s_.y, written(s_.y), first, last);
+  }
+  std::string kernel() const override { return "depthwise " + std::to_string(s_.kernel); }
+
+ private:
+  DepthwiseSpec s_;
+  void (*fn_)(const DepthwiseArgs&);
+};
+
+class PoolStep : public Step {
+ public:
+  explicit PoolStep(PoolSpec s) : s_(std::move(s)), fn_(active_table().dense->pool) {
+    const auto shares = [&](int64_t outputs, int64_t kernel, int64_t stride, int64_t dilation, int64_t pad,
+                            int64_t size) {
+      std::vector<float> out;
+      for (int64_t o = 0; o < outputs; ++o) {
+        int64_t inside = 0;
+        for (int64_t k = 0; k < kernel; ++k) {
+          const int64_t at = o * stride - pad + k * dilation;
+          inside += s_.count_padding || (at >= 0 && at < size);
+        }
+        out.push_back(1.0f / static_cast<float>(inside));
+      }
+      return out;
+    };
+    by_row_ = shares(s_.y.rows, s_.kernel_h, s_.stride_h, s_.dilation_h, s_.top, s_.x.rows);
+    for (float f : shares(s_.y.columns, s_.kernel_w, s_.stride_w, s_.dilation_w, s_.left, s_.x.columns))
+      by_column_.insert(by_column_.end(), s_.y.pixel, f);
+    by_column_.resize(by_column_.size() + 16);
+    const int64_t wide = (s_.y.columns + 16) * s_.stride_w + s_.kernel_w * s_.dilation_w;
+    scratch_ = (std::max(wide, s_.left + s_.x.columns) + s_.right) * s_.y.pixel + 64;
+  }
+  void run(const Pass& pass, int64_t part, int64_t parts) const override {
+    const auto [first, last] = share(s_.y.channels, part, parts);
+    thread_local std::vector<float> scratch;
+    scratch.resize(std::max<size_t>(scratch.size(), scratch_));
+    PoolArgs a{};
+    a.x = picture(pass, s_.x, first);
+    a.y = rows_out(pass, s_.y, first, last);
+    a.in_rows = s_.x.rows;
+    a.in_columns = s_.x.columns;
+    a.kernel_h = s_.kernel_h;
+    a.kernel_w = s_.kernel_w;
+    a.stride_h = s_.stride_h;
+    a.stride_w = s_.stride_w;
+    a.top = s_.top;
+    a.left = s_.left;
+    a.dilation_h = s_.dilation_h;
+    a.dilation_w = s_.dilation_w;
+    a.maximum = s_.maximum;
+    a.by_row = by_row_.data();
+    a.by_column = by_column_.data();
+    a.scale = s_.scale.empty() ? nullptr : s_.scale.data() + first;
+    a.bias = s_.bias.empty() ? nullptr : s_.bias.data() + first;
+    a.scratch = scratch.data();
+    a.scratch_floats = scratch_;
+    a.activation = s_.activation;
+    fn_(a);
+    zero_around(pass, s_.y, written(s_.y), first, last);
+  }
+  std::string kernel() const override { return s_.maximum ? "pool max" : "pool avg"; }
+
+ private:
+  PoolSpec s_;
+  void (*fn_)(const PoolArgs&);
+  std::vector<float> by_row_, by_column_;
+  int64_t scratch_;
+};
+
+class MapStep : public Step {
+ public:
+  explicit MapStep(MapSpec s) : s_(std::move(s)), fn_(active_table().dense->map) {}
+  void run(const Pass& pass, int64_t part, int64_t parts) const override {
+    const auto [first, last] = share(s_.y.channels, part, parts);
+    MapArgs a{};
+    a.stride = s_.stride_w;
+    a.combine = s_.combine;
+    a.activation = s_.activation;
+    const bool apart = !s_.channels.empty();
+    for (int64_t c = first; c < last;) {
+      const int64_t end = apart ? c + 1 : last, dy = shift(s_.shift_h, c), dx = shift(s_.shift_w, c);
+      a.x = picture(pass, s_.x, apart ? s_.channels[c] : c);
+      a.x.data += dy * a.x.pitch + dx * s_.x.pixel;
+      a.x.pitch *= s_.stride_h;
+      if (s_.combine != kCopy) a.other = picture(pass, s_.other, c);
+      if (s_.combine == kMulChannel) a.other.pitch = 0;
+      a.y = rows_out(pass, s_.y, c, end);
+      a.in_rows = std::min(s_.y.rows, (s_.x.rows - dy + s_.stride_h - 1) / s_.stride_h);
+      a.in_columns = std::min(s_.y.columns, (s_.x.columns - dx + s_.stride_w - 1) / s_.stride_w);
+      a.scale = s_.scale.empty() ? nullptr : s_.scale.data() + c;
+      a.bias = s_.bias.empty() ? nullptr : s_.bias.data() + c;
+      fn_(a);
+      c = end;
+    }
+    zero_around(pass, s_.y, written(s_.y), first, last);
+  }
+  std::string kernel() const override {
+    const char* names[] = {"copy", "add", "mul", "mul"};
+    return names[s_.combine];
+  }
+
+ private:
+  static int64_t shift(const std::vector<int32_t>& shifts, int64_t c) { return shifts.empty() ? 0 : shifts[c]; }
+  MapSpec s_;
+  void (*fn_)(const MapArgs&);
+};
+
+class MeanStep : public Step {
+ public:
+  MeanStep(Place x, Place y) : x_(x), y_(y), fn_(active_table().dense->mean) {}
+  void run(const Pass& pass, int64_t part, int64_t parts) const override {
+    const auto [first, last] = share(x_.channels, part, parts);
+    fn_({picture(pass, x_, first), pass.at(y_) + first * x_.pixel, last - first, x_.rows, x_.columns, x_.pixel});
+  }
+  std::string kernel() const override { return "mean"; }
+
+ private:
+  Place x_, y_;
+  void (*fn_)(const MeanArgs&);
+};
+
+class GemvStep : public Step {
+ public:
+  explicit GemvStep(GemvSpec s) : s_(std::move(s)), table_(active_table()) {
+    outputs_ = static_cast<int64_t>(s_.bias.size());
+    inputs_ = s_.weights.size() / std::max<int64_t>(1, outputs_);
+    if (!s_.sparse) return;
+    if (!is_simple(s_.activation)) throw std::invalid_argument("gemv: no sparse kernel for this activation");
+    if (!table_.f32.gemv) throw std::invalid_argument("gemv: no sparse kernel for this instruction set");
+    words_ = (inputs_ + 15) / 16;
+    indptr_.push_back(0);
+    bits_.assign(outputs_ * words_, 0);
+    for (int64_t r = 0; r < outputs_; ++r) {
+      for (int64_t k = 0; k < inputs_; ++k)
+        if (const float w = s_.weights[r * inputs_ + k]) {
+          bits_[r * words_ + k / 16] |= static_cast<uint16_t>(1u << k % 16);
+          values_.push_back(w);
+        }
+      indptr_.push_back(static_cast<int32_t>(values_.size()));
+    }
+    values_.resize(values_.size() + 16);
+    s_.weights.clear();
+  }
+  void run(const Pass& pass, int64_t part, int64_t parts) const override {
+    const auto [first, last] = share(outputs_, part, parts);
+    if (!s_.sparse) {
+      const float* w = s_.weights.data();
+      table_.dense->gemv({pass.at(s_.x), w, s_.bias.data(), pass.at(s_.y), first, last, inputs_, s_.activation});
+      return;
+    }
+    GemvTile<float> t{};
+    t.x = pass.at(s_.x);
+    t.values = values_.data();
+    t.indptr = indptr_.data();
+    t.bits = bits_.data();
+    t.words = words_;
+    t.row_begin = first;
+    t.row_end = last;
+    t.y = pass.at(s_.y);
+    t.bias = s_.bias.data();
+    t.activation = s_.activation;
+    table_.f32.gemv(t);
+  }
+  std::string kernel() const override { return s_.sparse ? "gemv bits" : "gemv dense"; }
+
+ private:
+  GemvSpec s_;
+  const KernelTable& table_;
+  int64_t outputs_, inputs_, words_ = 0;
+  std::vector<float> values_;
+  std::vector<int32_t> indptr_;
+  std::vector<uint16_t> bits_;
+};
+
+// Rows of a tensor [images, C, H, W], the images apart, to or from pixels of as many lanes.
+class TurnStep : public Step {
+ public:
+  TurnStep(Place x, Place y, bool in) : x_(x), y_(y), in_(in), fn_(active_table().f32.transpose) {}
+  void run(const Pass& pass, int64_t part, int64_t parts) const override {
+    const Place& tensor = in_ ? x_ : y_;
+    const Place& lanes = in_ ? y_ : x_;
+    const auto [first, last] = share(tensor.channels, part, parts);
+    const int64_t apart = pass.images_apart[tensor.space - 1];
+    for (int64_t c = first; c < last; ++c)
+      for (int64_t row = 0; row < tensor.rows; ++row) {
+        float* t = pass.at(tensor) + c * tensor.channel + row * tensor.pitch;
+        float* l = pass.at(lanes) + c * lanes.channel + row * lanes.pitch * lanes.pixel;
+        if (in_) {
+          fn_(t, apart, l, lanes.pixel, pass.images, tensor.columns);
+          std::memset(l + tensor.columns * lanes.pixel, 0, lanes.zeros() * sizeof(float));
+        } else {
+          fn_(l, lanes.pixel, t, apart, tensor.columns, pass.images);
+        }
+      }
+    if (in_) zero_around(pass, y_, written(y_), first, last);
+  }
+  std::string kernel() const override { return in_ ? "gather" : "scatter"; }
+
+ private:
+  Place x_, y_;
+  bool in_;
+  TransposeFn<float> fn_;
+};
+
+}  // namespace
+
+StepPtr make_depthwise(DepthwiseSpec s) { return std::make_unique<DepthwiseStep>(std::move(s)); }
+StepPtr make_pool(PoolSpec s) { return std::make_unique<PoolStep>(std::move(s)); }
+StepPtr make_map(MapSpec s) { return std::make_unique<MapStep>(std::move(s)); }
+StepPtr make_mean(Place x, Place y) { return std::make_unique<MeanStep>(x, y); }
+StepPtr make_gemv(GemvSpec s) { return std::make_unique<GemvStep>(std::move(s)); }
+StepPtr make_gather(Place x, Place y) { return std::make_unique<TurnStep>(x, y, true); }
+StepPtr make_scatter(Place x, Place y) { return std::make_unique<TurnStep>(x, y, false); }
+
+}  // namespace dass

@@ -1,0 +1,123 @@
+#include "program.h"
+
+#include <chrono>
+#include <cstdlib>
+#include <new>
+#include <thread>
+
+namespace dass {
+
+// Steps load whole registers: some floats before and behind what they mean.
+constexpr int64_t kSlack = 4096;
+
+class Program::Arena {
+ public:
+  explicit Arena(int64_t floats) {
+    constexpr size_t kPage = 4096;
+    const size_t bytes = ((floats + 2 * kSlack) * sizeof(float) + kPage - 1) / kPage * kPage;
+    memory_ = static_cast<float*>(std::aligned_alloc(kPage, bytes));
+    if (!memory_) throw std::bad_alloc();
+    std::memset(memory_, 0, bytes);
+  }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() { std::free(memory_); }
+  float* data() const { return memory_ + kSlack; }
+
+ private:
+  float* memory_;
+};
+
+// Threads claim the parts of a step one by one. Whoever comes late, or never, is not waited for: the
+// others do its parts. So nothing here depends on how many threads really run.
+struct Program::Shared {
+  struct Counter {
+    alignas(64) std::atomic<int64_t> claimed{0};
+    alignas(64) std::atomic<int64_t> done{0};
+  };
+  explicit Shared(size_t steps) : counters(steps) {}
+  std::vector<Counter> counters;
+};
+
+Program::Program(int64_t images, int64_t arena, std::vector<int64_t> apart, std::vector<StepPtr> steps)
+    : images_(images), arena_(arena), apart_(std::move(apart)), steps_(std::move(steps)) {}
+
+Program::~Program() = default;
+
+std::unique_ptr<Program::Arena> Program::take() const {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!free_.empty()) {
+      auto arena = std::move(free_.back());
+      free_.pop_back();
+      return arena;
+    }
+  }
+  return std::make_unique<Arena>(arena_);
+}
+
+void Program::give(std::unique_ptr<Arena> arena) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  free_.push_back(std::move(arena));
+}
+
+Pass Program::pass(float* arena, const std::vector<float*>& tensors, int64_t batch, int64_t turn) const {
+  Pass p{arena, tensors, apart_, std::min(images_, batch - turn * images_)};
+  for (size_t i = 0; i < tensors.size(); ++i) p.tensors[i] += turn * images_ * apart_[i];
+  return p;
+}
+
+void Program::alone(const Pass& pass, std::vector<double>* times) const {
+  using Clock = std::chrono::steady_clock;
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const auto begin = times ? Clock::now() : Clock::time_point();
+    steps_[i]->run(pass, 0, 1);
+    if (times) (*times)[i] += std::chrono::duration<double, std::nano>(Clock::now() - begin).count();
+  }
+}
+
+void Program::together(const Pass& pass, int64_t threads, const ParallelFor& parallel) const {
+  Shared shared(steps_.size());
+  parallel(threads, [&](int64_t, int64_t) {
+    for (size_t i = 0; i < steps_.size(); ++i) {
+      auto& counter = shared.counters[i];
+      int64_t part;
+      while ((part = counter.claimed.fetch_add(1, std::memory_order_relaxed)) < threads) {
+        steps_[i]->run(pass, part, threads);
+        counter.done.fetch_add(1, std::memory_order_acq_rel);
+      }
+      for (int64_t spins = 0; counter.done.load(std::memory_order_acquire) < threads; ++spins)
+        if (spins > 20000) std::this_thread::yield();
+    }
+  });
+}
+
+void Program::run(const std::vector<float*>& tensors, int64_t batch, int64_t threads, const ParallelFor& parallel,
+                  std::vector<double>* times) const {
+  const int64_t turns = (batch + images_ - 1) / images_;
+  if (threads > 1 && turns >= threads && !times) {
+    parallel(turns, [&](int64_t lo, int64_t hi) {
+      auto arena = take();
+      for (int64_t turn = lo; turn < hi; ++turn) alone(pass(arena->data(), tensors, batch, turn), nullptr);
+      give(std::move(arena));
+    });
+    return;
+  }
+  auto arena = take();
+  for (int64_t turn = 0; turn < turns; ++turn) {
+    const Pass p = pass(arena->data(), tensors, batch, turn);
+    if (threads > 1 && !times)
+      together(p, threads, parallel);
+    else
+      alone(p, times);
+  }
+  give(std::move(arena));
+}
+
+std::vector<std::string> Program::kernels() const {
+  std::vector<std::string> names;
+  for (const auto& step : steps_) names.push_back(step->kernel());
+  return names;
+}
+
+}  // namespace dass

@@ -1,0 +1,477 @@
+"""From a graph to the steps of a program: geometry, offsets of every weight, memory.
+
+plan = make_plan(graph, batch, lanes)
+program = dass_kernels.Program(plan.images, plan.arena, plan.apart, plan.steps)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from dass.engine import graph as g
+from dass.engine.layout import Layout, Place, assign_offsets, tensor, vector
+
+ACTIVATION_CODES = {
+    None: 0, "relu": 1, "relu6": 2, "hardswish": 3, "hardsigmoid": 4, "sigmoid": 5, "silu": 6,
+}  # fmt: skip
+# Those that the kernels of products know.
+SIMPLE_ACTIVATIONS = (None, "relu", "relu6", "hardswish")
+COMBINE = {"copy": 0, "add": 1, "mul": 2, "mul_channel": 3}
+# A depthwise layer with fewer of its weights than this runs as sparse rows.
+DEPTHWISE_LEAST = 0.35
+# A linear layer with fewer of its weights than this is stored as a bit mask and values.
+GEMV_MOST = 0.5
+
+
+@dataclass
+class Step:
+    """One step of a program and what people want to know of it.
+
+    kind, fields: what C++ makes it from; places are under their keys "x", "y", ... as names.
+    source: of the nodes it came from. flops: useful multiply-adds of one image. weights: bytes.
+    """
+
+    kind: str
+    reads: dict[str, str]
+    writes: str
+    fields: dict
+    source: str
+    macs: int = 0
+    nonzeros: int = 0
+    note: str = ""
+
+
+@dataclass
+class Plan:
+    """A program before it is built.
+
+    images: per pass. apart: floats from image to image of each tensor of the call.
+    """
+
+    images: int
+    steps: list[Step]
+    places: dict[str, Place] = field(default_factory=dict)
+    apart: list[int] = field(default_factory=list)
+    arena: int = 0
+
+    def described(self) -> list[dict]:
+        """The steps as dicts for :class:`dass_kernels.Program`."""
+        found = []
+        for step in self.steps:
+            places = {key: asdict(self.places[name]) for key, name in step.reads.items()}
+            places["y"] = asdict(self.places[step.writes])
+            found.append({"kind": step.kind, **places, **step.fields})
+        return found
+
+
+class _Planner:
+    """Turns the nodes of one segment into steps."""
+
+    def __init__(self, graph: g.Graph, pixel: int, sparse_gemv: bool):
+        self.graph, self.pixel, self.sparse_gemv = graph, pixel, sparse_gemv
+        self.layout = Layout(pixel)
+        self.steps: list[Step] = []
+        self.fixed: dict[str, Place] = {}  # tensors of the call, vectors
+        self.parts: dict[
+            str, tuple[str, int]
+        ] = {}  # picture -> (the concatenation it is part of, channel)
+        self.nodes = {node.name: node for node in graph}
+        self.splits: dict[tuple, str] = {}
+        self.imports: dict[str, str] = {}
+
+    def plan(self) -> Plan:
+        inputs = [node for node in self.graph if isinstance(node, g.Input)]
+        for space, node in enumerate(inputs, 1):
+            self.fixed[node.name] = tensor(space, node.shape)
+        for node in self.graph:
+            if isinstance(node, g.Concat):
+                self._part(node)
+        for node in self.graph:
+            if not isinstance(node, g.Input):
+                self._declare(node)
+        for node in self.graph:
+            if not isinstance(node, g.Input):
+                getattr(self, f"_{node.op}")(node)
+        shapes = [node.shape for node in inputs]
+        for space, name in enumerate(self.graph.outputs, len(inputs) + 1):
+            self._write_out(name, space)
+            shapes.append(self.nodes[name].shape)
+        return self._finish([int(np.prod(shape)) for shape in shapes])
+
+    # Geometry
+
+    def _declare(self, node: g.Node) -> None:
+        if len(node.shape) == 1:
+            self.fixed[node.name] = vector(node.shape[0], self.pixel)
+        else:
+            self.layout.add(node.name, node.shape)
+
+    def _part(self, node: g.Concat) -> None:
+        """Its inputs are written where the whole lies, if nothing speaks against it."""
+        taken = len(set(node.inputs)) < len(node.inputs) or len(node.shape) == 1
+        for name in node.inputs:
+            taken |= isinstance(self.nodes[name], g.Input | g.Concat) or name in self.parts
+        channel = 0
+        for name in node.inputs if not taken else ():
+            self.parts[name] = (node.name, channel)
+            channel += self.nodes[name].shape[0]
+
+    def _link(self, a: str, b: str) -> None:
+        if a in self.layout.shapes and b in self.layout.shapes:
+            self.layout.link(a, b)
+
+    def _shape(self, name: str) -> tuple[int, int, int]:
+        if name in self.layout.shapes:
+            return self.layout.shapes[name]
+        shape = self.nodes[name].shape
+        return shape if len(shape) == 3 else (shape[0], 1, 1)
+
+    def _picture(self, name: str) -> str:
+        """`name` as a picture in the arena: tensors of the call are brought in once."""
+        if name not in self.fixed or self.fixed[name].space == 0:
+            return name
+        if name not in self.imports:
+            shape = self.nodes[name].shape
+            inside = self.imports[name] = f"{name} inside"
+            if len(shape) == 1:
+                self.fixed[inside] = vector(shape[0], self.pixel)
+                self._bring_vector(name, inside)
+            else:
+                self.layout.add(inside, shape)
+                self._bring(name, inside)
+        return self.imports[name]
+
+    def _bring(self, name: str, inside: str) -> None:
+        if self.pixel > 1:
+            self._step("gather", {"x": name}, inside, {}, name, note="images side by side")
+        else:
+            self._map({"x": name}, inside, name, note="zeros around the planes")
+
+    def _bring_vector(self, name: str, inside: str) -> None:
+        flat = f"{inside} flat"
+        self.fixed[flat] = self._as_row(inside)
+        if self.pixel > 1:
+            self._step("gather", {"x": name}, flat, {}, name)
+        else:
+            self._map({"x": name}, flat, name)
+
+    def _as_row(self, name: str) -> Place:
+        """A vector as one row of pixels: the same memory."""
+        length = self.fixed[name].channels
+        return Place(1, 1, length, length * self.pixel, length, pixel=self.pixel)
+
+    # Steps
+
+    def _step(self, kind: str, reads: dict, writes: str, fields: dict, source: str, **rest) -> None:
+        self.steps.append(Step(kind, reads, writes, fields, source, **rest))
+
+    def _map(self, reads: dict, writes: str, source: str, combine: str = "copy", **fields) -> None:
+        note = fields.pop("note", "")
+        empty = np.zeros(0, np.int32)
+        self._step(
+            "map", reads, writes,
+            {
+                "combine": COMBINE[combine], "channels": empty, "shift_h": empty, "shift_w": empty,
+                "stride_h": 1, "stride_w": 1, "scale": _floats(None), "bias": _floats(None), "activation": 0,
+                **fields,
+            },
+            source, note=note,
+        )  # fmt: skip
+
+    def _conv(self, node: g.Conv) -> None:
+        if len(node.shape) == 1 or len(self.nodes[node.inputs[0]].shape) == 1:
+            return self._matrix(node, node.weight.flatten(1), node.bias, node.activation)
+        if self._suits_depthwise(node):
+            return self._depthwise(node)
+        x, taps = self._taps(node)
+        reads = {"x": x}
+        if self.pixel == 1:
+            self._link(x, node.name)
+        if len(node.inputs) > 1:
+            reads["residual"] = self._picture(node.inputs[1])
+            self._link(reads["residual"], node.name)
+        self._rows(node, reads, taps)
+
+    def _suits_depthwise(self, node: g.Conv) -> bool:
+        """Whether the dense depthwise kernels take it, and it has weights enough for them."""
+        kh, kw = node.weight.shape[2:]
+        return (
+            node.is_depthwise
+            and len(node.inputs) == 1
+            and kh == kw in (3, 5, 7)
+            and (self.pixel > 1 or node.stride[1] in (1, 2))
+            and min(node.padding) >= 0
+            and node.activation in SIMPLE_ACTIVATIONS
+            and float((node.weight != 0).float().mean()) >= DEPTHWISE_LEAST
+        )
+
+    def _depthwise(self, node: g.Conv) -> None:
+        x = self._picture(node.inputs[0])
+        kernel = node.weight.shape[2]
+        self.layout.need(x, _reach(node, self._shape(x)))
+        fields = {
+            "kernel": kernel, "stride_h": node.stride[0], "stride_w": node.stride[1],
+            "top": node.padding[0], "left": node.padding[2],
+            "dilation_h": node.dilation[0], "dilation_w": node.dilation[1],
+            "weights": _floats(node.weight), "bias": _floats(node.bias),
+            "activation": ACTIVATION_CODES[node.activation],
+        }  # fmt: skip
+        macs = node.weight.numel() * node.shape[1] * node.shape[2]
+        nonzeros = int((node.weight != 0).sum())
+        self._step(
+            "depthwise", {"x": x}, node.name, fields, node.source, macs=macs, nonzeros=nonzeros
+        )
+
+    def _taps(self, node: g.Conv) -> tuple[str, Callable[[Place], np.ndarray]]:
+        """The picture a convolution reads, and floats from its start for [I, kh, kw], once it is placed."""
+        x = node.inputs[0]
+        _, rows, columns = self._shape(x)
+        kh, kw = node.weight.shape[2:]
+        dy = np.arange(kh) * node.dilation[0] - node.padding[0]
+        dx = np.arange(kw) * node.dilation[1] - node.padding[2]
+        channels = np.arange(self.nodes[x].shape[0])
+        same = node.shape[1:] == (rows, columns)
+        if node.stride == (1, 1) and (same or self.pixel > 1) and self.pixel >= 1:
+            x = self._picture(x)
+            self.layout.need(x, _reach(node, (0, rows, columns)))
+            return x, lambda p: _offsets(p, channels, dy, dx)
+        sh, sw = node.stride
+        x, phases = self._split(node, dy, dx)
+        index = np.array([[phases[(a, b)] for b in dx % sw] for a in dy % sh])
+        self.layout.need(x, int(max(0, -(dy // sh).min(), -(dx // sw).min())))
+        over = max((dy // sh).max() + node.shape[1], 0), max((dx // sw).max() + node.shape[2], 0)
+        self.layout.need(x, int(max(0, over[0] - self._shape(x)[1], over[1] - self._shape(x)[2])))
+
+        def offsets(p: Place) -> np.ndarray:
+            where = channels[:, None, None] * len(phases) + index
+            return where * p.channel + ((dy // sh)[:, None] * p.pitch + dx // sw) * p.pixel
+
+        return x, offsets
+
+    def _split(self, node: g.Conv, dy: np.ndarray, dx: np.ndarray) -> tuple[str, dict]:
+        """The phases of a strided input: pixel (sh y + a, sw x + b) at (y, x) of plane (a, b)."""
+        sh, sw = node.stride
+        name = node.inputs[0] if self.pixel == 1 else self._picture(node.inputs[0])
+        phases = [(a, b) for a in sorted({*(dy % sh)}) for b in sorted({*(dx % sw)})]
+        key = (name, sh, sw, tuple(phases))
+        index = {phase: i for i, phase in enumerate(phases)}
+        if key in self.splits:
+            return self.splits[key], index
+        channels, rows, columns = self._shape(name)
+        split = self.splits[key] = f"{name} split {len(self.splits)}"
+        self.layout.add(split, (channels * len(phases), -(-rows // sh), -(-columns // sw)))
+        fields = {
+            "channels": np.repeat(np.arange(channels, dtype=np.int32), len(phases)),
+            "shift_h": np.tile(np.array([a for a, _ in phases], np.int32), channels),
+            "shift_w": np.tile(np.array([b for _, b in phases], np.int32), channels),
+            "stride_h": sh, "stride_w": sw,
+        }  # fmt: skip
+        note = (
+            "one plane for each phase of the stride" if sh * sw > 1 else "zeros around the planes"
+        )
+        self._map({"x": name}, split, node.source, note=note, **fields)
+        return split, index
+
+    def _rows(self, node: g.Conv, reads: dict, taps: Callable[[Place], np.ndarray]) -> None:
+        outputs, per_group = node.weight.shape[:2]
+        group = outputs // node.groups
+        weight = node.weight.numpy().reshape(outputs, -1)
+        row, column = np.nonzero(weight)
+        channel = column // (weight.shape[1] // per_group) + row // group * per_group
+        tap = column % (weight.shape[1] // per_group)
+        simple = node.activation in SIMPLE_ACTIVATIONS
+        fields = {
+            "indptr": np.concatenate([[0], np.cumsum(np.bincount(row, minlength=outputs))]).astype(np.int32),
+            "values": weight[row, column].astype(np.float32), "bias": _floats(node.bias),
+            "activation": ACTIVATION_CODES[node.activation if simple else None],
+            "offsets": (taps, channel, tap),
+            "emitted": False, "height": 28, "vectors": 8, "chunk": 0,
+        }  # fmt: skip
+        pixels = node.shape[1] * node.shape[2]
+        self._step(
+            "rows", reads, node.name, fields, node.source,
+            macs=node.weight.numel() * pixels, nonzeros=len(row),
+        )  # fmt: skip
+        if not simple:
+            code = ACTIVATION_CODES[node.activation]
+            self._map({"x": node.name}, node.name, node.source, activation=code)
+
+    def _linear(self, node: g.Linear) -> None:
+        self._matrix(node, node.weight, node.bias, node.activation)
+
+    def _matrix(self, node: g.Node, weight: Tensor, bias: Tensor, activation: str | None) -> None:
+        x = self._picture(node.inputs[0])
+        nonzeros = int((weight != 0).sum())
+        how = {"macs": weight.numel(), "nonzeros": nonzeros}
+        if self.pixel > 1:
+            conv = g.Conv(
+                node.name, node.inputs, (*node.shape, 1, 1), weight[:, :, None, None], bias,
+                activation=activation, source=node.source,
+            )  # fmt: skip
+            channels = np.arange(weight.shape[1])
+            zero = np.zeros(1, int)
+            return self._rows(conv, {"x": x}, lambda p: _offsets(p, channels, zero, zero))
+        fields = {
+            "weights": _floats(weight), "bias": _floats(bias), "activation": ACTIVATION_CODES[activation],
+            "sparse": self.sparse_gemv
+            and activation in SIMPLE_ACTIVATIONS
+            and nonzeros < GEMV_MOST * weight.numel(),
+        }  # fmt: skip
+        self._step("gemv", {"x": x}, node.name, fields, node.source, **how)
+
+    def _pool(self, node: g.Pool) -> None:
+        fields = {
+            "maximum": node.kind == "max", "count_padding": node.count_padding,
+            "kernel_h": node.kernel[0], "kernel_w": node.kernel[1],
+            "stride_h": node.stride[0], "stride_w": node.stride[1],
+            "top": node.padding[0], "bottom": node.padding[1],
+            "left": node.padding[2], "right": node.padding[3],
+            "dilation_h": node.dilation[0], "dilation_w": node.dilation[1],
+            "scale": _floats(node.scale), "bias": _floats(node.bias),
+            "activation": ACTIVATION_CODES[node.activation],
+        }  # fmt: skip
+        macs = int(np.prod(node.shape) * np.prod(node.kernel))
+        self._step(
+            "pool", {"x": self._picture(node.inputs[0])}, node.name, fields, node.source, macs=macs
+        )
+
+    def _mean(self, node: g.Mean) -> None:
+        self._step("mean", {"x": self._picture(node.inputs[0])}, node.name, {}, node.source)
+
+    def _combine(self, node: g.Node, combine: str, **fields) -> None:
+        a, b = (self._picture(name) for name in node.inputs)
+        self._map({"x": a, "other": b}, node.name, node.source, combine, **fields)
+
+    def _add(self, node: g.Add) -> None:
+        self._combine(node, "add", activation=ACTIVATION_CODES[node.activation])
+
+    def _mul(self, node: g.Mul) -> None:
+        same = len(self.nodes[node.inputs[1]].shape) == len(node.shape)
+        self._combine(node, "mul" if same else "mul_channel")
+
+    def _affine(self, node: g.Affine) -> None:
+        code = ACTIVATION_CODES[node.activation]
+        scale, bias = _floats(node.scale), _floats(node.bias)
+        x = self._picture(node.inputs[0])
+        self._map({"x": x}, node.name, node.source, scale=scale, bias=bias, activation=code)
+
+    def _act(self, node: g.Act) -> None:
+        code = ACTIVATION_CODES[node.activation]
+        self._map({"x": self._picture(node.inputs[0])}, node.name, node.source, activation=code)
+
+    def _concat(self, node: g.Concat) -> None:
+        channel = 0
+        for name in node.inputs:
+            if name in self.parts and self.parts[name][0] == node.name:
+                self._link(node.name, name)
+            else:
+                part = f"{node.name} part {channel}"
+                count = self.nodes[name].shape[0]
+                if len(node.shape) == 1:
+                    self.fixed[part] = vector(count, self.pixel)
+                else:
+                    self.layout.add(part, (count, *node.shape[1:]))
+                    self._link(node.name, part)
+                self.parts[part] = (node.name, channel)
+                self._map({"x": self._picture(name)}, part, node.source)
+            channel += self.nodes[name].shape[0]
+
+    def _flatten(self, node: g.Flatten) -> None:
+        x = self._picture(node.inputs[0])
+        channels, rows, columns = self._shape(x)
+        whole = f"{node.name} planes"
+        area = rows * columns * self.pixel
+        self.fixed[whole] = Place(channels, rows, columns, area, columns, pixel=self.pixel)
+        self.parts[whole] = (node.name, 0)
+        self._map({"x": x}, whole, node.source, note="planes without zeros between them")
+
+    def _write_out(self, name: str, space: int) -> None:
+        out = f"output {space}"
+        self.fixed[out] = tensor(space, self.nodes[name].shape)
+        x = self._picture(name)
+        if len(self.nodes[name].shape) == 1:
+            row = f"{x} row"
+            self.fixed[row] = self._as_row(x)
+            self.parts[row] = (x, 0)
+            x = row
+        if self.pixel > 1:
+            self._step("scatter", {"x": x}, out, {}, name)
+        else:
+            self._map({"x": x}, out, name)
+
+    # Memory
+
+    def _finish(self, apart: list[int]) -> Plan:
+        for part, (whole, _) in self.parts.items():
+            if part in self.layout.shapes and whole in self.layout.shapes:
+                self.layout.link(whole, part)
+        places = {**self.fixed, **{name: self.layout.place(name) for name in self.layout.shapes}}
+        lives: dict[str, list[int]] = {}
+        for i, step in enumerate(self.steps):
+            for name in (*step.reads.values(), step.writes):
+                owner, _ = self._owner(name)
+                if places[owner].space == 0:
+                    lives.setdefault(owner, [i, i])[1] = i
+        sizes = {n: (places[n].floats, first, last) for n, (first, last) in lives.items()}
+        offsets, arena = assign_offsets(sizes)
+        for name in list(places):
+            owner, channel = self._owner(name)
+            if owner in offsets:
+                at = offsets[owner] + places[owner].front
+                if owner == name:
+                    places[name].offset = at
+                else:
+                    whole = places[owner]
+                    places[name].offset = at + channel * whole.channel
+                    if name in self.layout.shapes:
+                        places[name].channel = whole.channel
+        for step in self.steps:
+            if isinstance(step.fields.get("offsets"), tuple):
+                taps, channel, tap = step.fields["offsets"]
+                table = taps(places[step.reads["x"]])
+                step.fields["offsets"] = table.reshape(len(table), -1)[channel, tap].astype(
+                    np.int32
+                )
+        return Plan(self.pixel, self.steps, places, apart, arena)
+
+    def _owner(self, name: str) -> tuple[str, int]:
+        channel = 0
+        while name in self.parts:
+            name, first = self.parts[name]
+            channel += first
+        return name, channel
+
+
+def make_plan(graph: g.Graph, batch: int, lanes: int, *, sparse_gemv: bool = False) -> Plan:
+    """The steps of a graph without Torch nodes, for calls with about `batch` images.
+
+    lanes: of a register. With as many images they lie side by side. sparse_gemv: whether there is a
+    kernel for vectors times matrices stored as bit masks.
+    """
+    return _Planner(graph, lanes if batch >= lanes else 1, sparse_gemv).plan()
+
+
+def _floats(values: Tensor | None) -> np.ndarray:
+    if values is None:
+        return np.zeros(0, np.float32)
+    return np.ascontiguousarray(values.detach().numpy().reshape(-1), np.float32)
+
+
+def _offsets(p: Place, channels: np.ndarray, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
+    """Floats from a picture's start, [I, kh, kw]."""
+    return channels[:, None, None] * p.channel + (dy[:, None] * p.pitch + dx) * p.pixel
+
+
+def _reach(node: g.Conv, shape: tuple[int, int, int]) -> int:
+    """How many zeros around its input a convolution reads."""
+    found = 0
+    for axis in (0, 1):
+        before = node.padding[2 * axis]
+        span = (node.weight.shape[2 + axis] - 1) * node.dilation[axis]
+        last = (node.shape[1 + axis] - 1) * node.stride[axis] + span - before
+        found = max(found, before, last - (shape[1 + axis] - 1))
+    return found
