@@ -16,6 +16,7 @@ _HOME = {
     "copy_masks": "schedule",
     "sparsify": "convert",
     "densify": "convert",
+    "compile": "engine.compiler",
     "Genotype": "genotype",
     "build": "zoo.darts",
     "SearchConfig": "strategies",

@@ -87,7 +87,8 @@ def _mul(node: Mul, a: Tensor, b: Tensor) -> Tensor:
     return a * (b if b.dim() == a.dim() else _per_channel(b, a.dim()))
 
 
-def _torch(node: Torch, *inputs: Tensor) -> Tensor:
+def run_torch(node: Torch, *inputs: Tensor) -> Tensor:
+    """The node's op on its inputs."""
     def decode(value):
         if isinstance(value, list):
             return [decode(item) for item in value]
@@ -115,7 +116,7 @@ _RUN = {
     Pool: _pool,
     Affine: _affine,
     Mul: _mul,
-    Torch: _torch,
+    Torch: run_torch,
     Mean: lambda node, x: x.mean((2, 3)),
     Add: lambda node, a, b: activate(a + b, node.activation),
     Act: lambda node, x: activate(x, node.activation),
