@@ -49,7 +49,7 @@ DASS_INLINE void pool_down(const PoolArgs& a, const float* x, int64_t row) {
 
 void pool(const PoolArgs& a) {
   constexpr int lanes = Vec<float>::lanes;
-  const int64_t floats = a.y.columns * a.y.pixel;
+  const RowStore out(a.y.columns * a.y.pixel, a.y.zeros);
   with_fetch(a.y.pixel, a.stride_w, [&](auto get) {
     for (int64_t c = 0; c < a.y.channels; ++c) {
       const Vec<float> scale = Vec<float>::set1(a.scale ? a.scale[c] : 1.0f);
@@ -57,7 +57,7 @@ void pool(const PoolArgs& a) {
       for (int64_t row = 0; row < a.y.rows; ++row) {
         pool_down(a, a.x.data + c * a.x.channel, row);
         float* y = a.y.data + c * a.y.channel + row * a.y.pitch;
-        for (int64_t v = 0; v * lanes < floats; ++v) {
+        for (int64_t v = 0; v < out.vectors; ++v) {
           Vec<float> sum = get(a.scratch, v);
           for (int64_t k = 1; k < a.kernel_w; ++k) {
             const Vec<float> in = get(a.scratch + k * a.dilation_w * a.y.pixel, v);
@@ -65,9 +65,9 @@ void pool(const PoolArgs& a) {
           }
           if (!a.maximum) sum = sum * Vec<float>::set1(a.by_row[row]) * Vec<float>::load(a.by_column + v * lanes);
           if (a.scale || a.bias) sum = sum * scale + bias;
-          activate_any(sum, a.activation).keep(lanes_left(floats, v)).store(y + v * lanes);
+          out.store(activate_any(sum, a.activation), y, v);
         }
-        zero_floats(y + floats, a.y.zeros);
+        out.finish(y);
       }
     }
   });
@@ -91,8 +91,9 @@ DASS_INLINE Vec<float> map_in(const MapArgs& a, const float* x, int64_t v, int64
 template <class Get>
 DASS_INLINE void map_row(const MapArgs& a, const float* x, const float* other, int64_t c, float* y, Get get) {
   constexpr int lanes = Vec<float>::lanes;
-  const int64_t floats = a.y.columns * a.y.pixel, have = a.in_columns * a.y.pixel;
-  for (int64_t v = 0; v * lanes < floats; ++v) {
+  const RowStore out(a.y.columns * a.y.pixel, a.y.zeros);
+  const int64_t have = a.in_columns * a.y.pixel;
+  for (int64_t v = 0; v < out.vectors; ++v) {
     Vec<float> value = map_in(a, x, v, have, get);
     if (a.combine == kAdd) value = value + Vec<float>::load(other + v * lanes);
     if (a.combine == kMul) value = value * Vec<float>::load(other + v * lanes);
@@ -100,10 +101,9 @@ DASS_INLINE void map_row(const MapArgs& a, const float* x, const float* other, i
       value = value * (a.y.pixel > 1 ? Vec<float>::load(other) : Vec<float>::set1(other[0]));
     if (a.scale) value = value * Vec<float>::set1(a.scale[c]);
     if (a.bias) value = value + Vec<float>::set1(a.bias[c]);
-    // Nothing is stored past the row: it may be the last of a tensor, or x itself may lie there.
-    const int64_t left = floats - v * lanes;
-    activate_any(value, a.activation).store_n(y + v * lanes, static_cast<int>(left < lanes ? left : lanes));
+    out.store(activate_any(value, a.activation), y, v);
   }
+  out.finish(y);
 }
 
 void map(const MapArgs& a) {
@@ -116,9 +116,8 @@ void map(const MapArgs& a) {
           const float* other = a.other.data + c * a.other.channel + row * a.other.pitch;
           map_row(a, a.x.data + c * a.x.channel + row * a.x.pitch, other, c, y, get);
         } else {
-          zero_floats(y, floats);
+          zero_floats(y, floats + a.y.zeros);
         }
-        zero_floats(y + floats, a.y.zeros);
       }
   });
 }

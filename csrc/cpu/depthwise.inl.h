@@ -1,7 +1,7 @@
 // Dense depthwise convolutions of planes with zeros around them.
 //
 // Several output rows at a time: a register of pixels is loaded once for all the taps of a column that
-// meet it, so a 3 x 3 takes 4.5 loads an output instead of 9 and is bound by its multiply-adds.
+// meet it, so a 3 x 3 takes less than 4 loads an output instead of 9 and is bound by its multiply-adds.
 #pragma once
 #include "activation.inl.h"
 #include "dense.h"
@@ -31,49 +31,89 @@ DASS_INLINE uint32_t lanes_left(int64_t floats, int64_t v) {
 }
 
 DASS_INLINE void zero_floats(float* y, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) y[i] = 0.0f;
+  constexpr int lanes = Vec<float>::lanes;
+  for (; count >= lanes; count -= lanes, y += lanes) Vec<float>::zero().store(y);
+  if (count > 0) Vec<float>::zero().store_n(y, static_cast<int>(count));
 }
 
-// Rows [row, row + Rows) of one channel; vertical taps `tap_row` apart lie `Step` output rows apart, in
-// units of the rows of x that lie `unit` apart.
+// A row of `floats` pixels and the `zeros` behind it, as registers: nothing past them is written.
+struct RowStore {
+  int64_t floats;
+  int64_t zeros;
+  int64_t vectors;
+
+  DASS_INLINE RowStore(int64_t f, int64_t z)
+      : floats(f), zeros(z), vectors((f + Vec<float>::lanes - 1) / Vec<float>::lanes) {}
+  DASS_INLINE void store(Vec<float> value, float* y, int64_t v) const {
+    constexpr int lanes = Vec<float>::lanes;
+    const int64_t left = floats - v * lanes;
+    if (left >= lanes) return value.store(y + v * lanes);
+    const int64_t room = left + zeros < lanes ? left + zeros : lanes;
+    value.keep((1u << left) - 1u).store_n(y + v * lanes, static_cast<int>(room));
+  }
+  // What lies past the last register.
+  DASS_INLINE void finish(float* y) const {
+    const int64_t done = vectors * Vec<float>::lanes;
+    if (floats + zeros > done) zero_floats(y + done, floats + zeros - done);
+  }
+};
+
+// An activation that clamps; hardswish is done apart.
+struct Clamp {
+  Vec<float> low, high;
+  bool hardswish;
+
+  DASS_INLINE explicit Clamp(Activation a)
+      : low(Vec<float>::set1(a == kRelu || a == kRelu6 ? 0.0f : -__builtin_inff())),
+        high(Vec<float>::set1(a == kRelu6 ? 6.0f : __builtin_inff())),
+        hardswish(a == kHardswish) {}
+  DASS_INLINE Vec<float> operator()(Vec<float> v) const {
+    if (hardswish) return activate(v, kHardswish);
+    return vmin(high, vmax(low, v));
+  }
+};
+
+// `Rows` rows of one channel.
 template <int K, Fetch F, int Rows>
-DASS_INLINE void depthwise_rows(const DepthwiseArgs& a, const float* x, float* y, const Vec<float>* w,
-                                Vec<float> bias) {
-  constexpr int lanes = Vec<float>::lanes;
-  const int64_t floats = a.y.columns * a.y.pixel, vectors = (floats + lanes - 1) / lanes;
-  for (int64_t v = 0; v < vectors; ++v) {
+DASS_INLINE void depthwise_rows(const DepthwiseArgs& a, const RowStore& out, const Clamp& act, const float* x, float* y,
+                                const Vec<float>* w, Vec<float> bias) {
+  for (int64_t v = 0; v < out.vectors; ++v) {
     Vec<float> acc[Rows];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) acc[r] = bias;
-    if constexpr (Rows > 1) {
-      // Stride and dilation 1: input row i is tap i - r of output row r.
+    // With more than one row, stride and dilation are 1: input row i is tap i - r of output row r.
 #pragma GCC unroll 16
-      for (int i = 0; i < Rows + K - 1; ++i)
+    for (int i = 0; i < Rows + K - 1; ++i)
 #pragma GCC unroll 8
-        for (int k = 0; k < K; ++k) {
-          const Vec<float> in = fetch<F>(x + i * a.tap_row + k * a.tap_column, v, a.stride);
+      for (int k = 0; k < K; ++k) {
+        const Vec<float> in = fetch<F>(x + i * a.tap_row + k * a.tap_column, v, a.stride);
 #pragma GCC unroll 8
-          for (int r = 0; r < Rows; ++r)
-            if (i - r >= 0 && i - r < K) acc[r].fma(w[(i - r) * K + k], in);
-        }
-    } else {
+        for (int r = 0; r < Rows; ++r)
+          if (i - r >= 0 && i - r < K) acc[r].fma(w[(i - r) * K + k], in);
+      }
 #pragma GCC unroll 8
-      for (int i = 0; i < K; ++i)
-#pragma GCC unroll 8
-        for (int k = 0; k < K; ++k)
-          acc[0].fma(w[i * K + k], fetch<F>(x + i * a.tap_row + k * a.tap_column, v, a.stride));
-    }
-    const uint32_t mask = lanes_left(floats, v);
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) activate(acc[r], a.activation).keep(mask).store(y + r * a.y.pitch + v * lanes);
+    for (int r = 0; r < Rows; ++r) out.store(act(acc[r]), y + r * a.y.pitch, v);
   }
-  for (int r = 0; r < Rows; ++r) zero_floats(y + r * a.y.pitch + floats, a.y.zeros);
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) out.finish(y + r * a.y.pitch);
+}
+
+// Rows [row, rows) as far as they go in groups of `Rows`; the first row that is left.
+template <int K, Fetch F, int Rows>
+DASS_INLINE int64_t depthwise_groups(const DepthwiseArgs& a, const RowStore& out, const Clamp& act, const float* x,
+                                     float* y, const Vec<float>* w, Vec<float> bias, int64_t row) {
+  for (; row + Rows <= a.y.rows; row += Rows)
+    depthwise_rows<K, F, Rows>(a, out, act, x + row * a.stride_row, y + row * a.y.pitch, w, bias);
+  return row;
 }
 
 template <int K, Fetch F>
 DASS_INLINE void depthwise_planes(const DepthwiseArgs& a) {
-  constexpr int kTogether = K == 3 ? 4 : 2;
+  // Registers: AVX-512 and NEON have 32 for the weights and the sums.
+  constexpr bool wide = Vec<float>::lanes == 16;
   const bool together = a.stride == 1 && a.stride_row == a.tap_row;
+  const RowStore out(a.y.columns * a.y.pixel, a.y.zeros);
+  const Clamp act(a.activation);
   for (int64_t c = 0; c < a.y.channels; ++c) {
     Vec<float> w[K * K];
 #pragma GCC unroll 64
@@ -82,10 +122,15 @@ DASS_INLINE void depthwise_planes(const DepthwiseArgs& a) {
     const float* x = a.x.data + c * a.x.channel;
     float* y = a.y.data + c * a.y.channel;
     int64_t row = 0;
-    if (together)
-      for (; row + kTogether <= a.y.rows; row += kTogether)
-        depthwise_rows<K, F, kTogether>(a, x + row * a.stride_row, y + row * a.y.pitch, w, bias);
-    for (; row < a.y.rows; ++row) depthwise_rows<K, F, 1>(a, x + row * a.stride_row, y + row * a.y.pitch, w, bias);
+    if (together && F == kSideBySide) {
+      if constexpr (K == 3 && wide) {
+        if (a.y.rows % 7 == 0) row = depthwise_groups<K, F, 7>(a, out, act, x, y, w, bias, row);
+        row = depthwise_groups<K, F, 8>(a, out, act, x, y, w, bias, row);
+      }
+      if constexpr (K < 7) row = depthwise_groups<K, F, 4>(a, out, act, x, y, w, bias, row);
+      row = depthwise_groups<K, F, 2>(a, out, act, x, y, w, bias, row);
+    }
+    depthwise_groups<K, F, 1>(a, out, act, x, y, w, bias, row);
   }
 }
 

@@ -56,8 +56,8 @@ inline void zero_around(const Pass& pass, const Place& p, int64_t from, int64_t 
   float* y = pass.at(p);
   const int64_t front = (p.pad * p.pitch + p.pad) * p.pixel;
   if (first == 0 && last > 0) std::memset(y - front, 0, front * sizeof(float));
-  if (from < p.channel)
-    for (int64_t c = first; c < last; ++c) std::memset(y + c * p.channel + from, 0, (p.channel - from) * sizeof(float));
+  for (int64_t c = first; c < last; ++c)
+    for (int64_t i = from; i < p.channel; ++i) y[c * p.channel + i] = 0.0f;
 }
 
 inline PlanesOut planes_out(const Pass& pass, const Place& p, int64_t first, int64_t last) {
