@@ -73,45 +73,74 @@ struct Clamp {
   }
 };
 
-// `Rows` rows of one channel.
-template <int K, Fetch F, int Rows>
+// The K taps of one row of pixels for a register of outputs. Near: taps are neighbours in memory, so
+// every other one of two registers gives two taps and each further one takes one more element.
+template <int K, Fetch F, bool Near>
+DASS_INLINE void row_taps(const float* p, int64_t tap, int64_t stride, Vec<float>* in) {
+  constexpr int lanes = Vec<float>::lanes;
+  if constexpr (F == kEveryOther && Near) {
+    const Vec<float> a = Vec<float>::load(p), b = Vec<float>::load(p + lanes);
+    in[0] = Vec<float>::even(a, b);
+    in[1] = Vec<float>::odd(a, b);
+#pragma GCC unroll 8
+    for (int k = 2; k < K; ++k) in[k] = Vec<float>::shift_in(in[k - 2], p[2 * lanes + k - 2]);
+  } else {
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) in[k] = fetch<F>(p + k * (Near ? 1 : tap), 0, stride);
+  }
+}
+
+// `Rows` rows of one channel. With more than one row, input row i is tap i - r * Down of output row r.
+template <int K, Fetch F, bool Near, int Rows, int Down>
 DASS_INLINE void depthwise_rows(const DepthwiseArgs& a, const RowStore& out, const Clamp& act, const float* x, float* y,
                                 const Vec<float>* w, Vec<float> bias) {
-  for (int64_t v = 0; v < out.vectors; ++v) {
+  constexpr int lanes = Vec<float>::lanes;
+  const int64_t row = a.tap_row, tap = a.tap_column, pitch = a.y.pitch, stride = a.stride;
+  const int64_t step = (F == kSideBySide ? 1 : stride) * lanes;
+  const int64_t whole = out.floats / lanes;
+  for (int64_t v = 0; v < out.vectors; ++v, x += step) {
     Vec<float> acc[Rows];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) acc[r] = bias;
-    // With more than one row, stride and dilation are 1: input row i is tap i - r of output row r.
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows + K - 1; ++i)
+#pragma GCC unroll 32
+    for (int i = 0; i < (Rows - 1) * Down + K; ++i) {
+      Vec<float> in[K];
+      row_taps<K, F, Near>(x + i * row, tap, stride, in);
 #pragma GCC unroll 8
-      for (int k = 0; k < K; ++k) {
-        const Vec<float> in = fetch<F>(x + i * a.tap_row + k * a.tap_column, v, a.stride);
+      for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
-          if (i - r >= 0 && i - r < K) acc[r].fma(w[(i - r) * K + k], in);
-      }
+        for (int k = 0; k < K; ++k)
+          if (i - r * Down >= 0 && i - r * Down < K) acc[r].fma(w[(i - r * Down) * K + k], in[k]);
+    }
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) out.store(act(acc[r]), y + r * a.y.pitch, v);
+    for (int r = 0; r < Rows; ++r) acc[r] = act(acc[r]);
+    if (v < whole) {
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) acc[r].store(y + r * pitch + v * lanes);
+    } else {
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) out.store(acc[r], y + r * pitch, v);
+    }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) out.finish(y + r * a.y.pitch);
+  for (int r = 0; r < Rows; ++r) out.finish(y + r * pitch);
 }
 
 // Rows [row, rows) as far as they go in groups of `Rows`; the first row that is left.
-template <int K, Fetch F, int Rows>
+template <int K, Fetch F, bool Near, int Rows, int Down>
 DASS_INLINE int64_t depthwise_groups(const DepthwiseArgs& a, const RowStore& out, const Clamp& act, const float* x,
                                      float* y, const Vec<float>* w, Vec<float> bias, int64_t row) {
   for (; row + Rows <= a.y.rows; row += Rows)
-    depthwise_rows<K, F, Rows>(a, out, act, x + row * a.stride_row, y + row * a.y.pitch, w, bias);
+    depthwise_rows<K, F, Near, Rows, Down>(a, out, act, x + row * a.stride_row, y + row * a.y.pitch, w, bias);
   return row;
 }
 
-template <int K, Fetch F>
+template <int K, Fetch F, bool Near>
 DASS_INLINE void depthwise_planes(const DepthwiseArgs& a) {
-  // Registers: AVX-512 and NEON have 32 for the weights and the sums.
+  // AVX-512 has the registers for the weights and the sums of many rows.
   constexpr bool wide = Vec<float>::lanes == 16;
-  const bool together = a.stride == 1 && a.stride_row == a.tap_row;
+  constexpr int Down = F == kSideBySide ? 1 : 2;
+  const bool together = a.stride_row == Down * a.tap_row;
   const RowStore out(a.y.columns * a.y.pixel, a.y.zeros);
   const Clamp act(a.activation);
   for (int64_t c = 0; c < a.y.channels; ++c) {
@@ -122,26 +151,30 @@ DASS_INLINE void depthwise_planes(const DepthwiseArgs& a) {
     const float* x = a.x.data + c * a.x.channel;
     float* y = a.y.data + c * a.y.channel;
     int64_t row = 0;
-    if (together && F == kSideBySide) {
-      if constexpr (K == 3 && wide) {
-        if (a.y.rows % 7 == 0) row = depthwise_groups<K, F, 7>(a, out, act, x, y, w, bias, row);
-        row = depthwise_groups<K, F, 8>(a, out, act, x, y, w, bias, row);
+    if (together) {
+      if constexpr (K == 3 && wide && F != kEveryOther) {
+        if (a.y.rows % 7 == 0) row = depthwise_groups<K, F, Near, 7, Down>(a, out, act, x, y, w, bias, row);
+        row = depthwise_groups<K, F, Near, 8, Down>(a, out, act, x, y, w, bias, row);
       }
-      if constexpr (K < 7) row = depthwise_groups<K, F, 4>(a, out, act, x, y, w, bias, row);
-      row = depthwise_groups<K, F, 2>(a, out, act, x, y, w, bias, row);
+      if constexpr (K < 7) row = depthwise_groups<K, F, Near, 4, Down>(a, out, act, x, y, w, bias, row);
+      row = depthwise_groups<K, F, Near, 2, Down>(a, out, act, x, y, w, bias, row);
     }
-    depthwise_groups<K, F, 1>(a, out, act, x, y, w, bias, row);
+    depthwise_groups<K, F, Near, 1, 1>(a, out, act, x, y, w, bias, row);
   }
 }
 
 template <int K>
 void depthwise(const DepthwiseArgs& a) {
   if (a.y.pixel > 1 && a.stride > 1)
-    depthwise_planes<K, kApart>(a);
+    depthwise_planes<K, kApart, false>(a);
+  else if (a.stride == 2 && a.tap_column == 1)
+    depthwise_planes<K, kEveryOther, true>(a);
   else if (a.stride == 2)
-    depthwise_planes<K, kEveryOther>(a);
+    depthwise_planes<K, kEveryOther, false>(a);
+  else if (a.tap_column == 1)
+    depthwise_planes<K, kSideBySide, true>(a);
   else
-    depthwise_planes<K, kSideBySide>(a);
+    depthwise_planes<K, kSideBySide, false>(a);
 }
 
 }  // namespace DASS_ISA_NAME

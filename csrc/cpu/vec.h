@@ -39,6 +39,11 @@ struct Vec<float> {
   // Elements 0, 2, 4, ... (1, 3, 5, ...) of the registers a and b, one after the other.
   static DASS_INLINE Vec even(Vec a, Vec b) { return {_mm512_permutex2var_ps(a.r, every_other(0), b.r)}; }
   static DASS_INLINE Vec odd(Vec a, Vec b) { return {_mm512_permutex2var_ps(a.r, every_other(1), b.r)}; }
+  // Elements 1, 2, ... of a, then `next`.
+  static DASS_INLINE Vec shift_in(Vec a, float next) {
+    const __m512i last = _mm512_castps_si512(_mm512_set1_ps(next));
+    return {_mm512_castsi512_ps(_mm512_alignr_epi32(last, _mm512_castps_si512(a.r), 1))};
+  }
   static DASS_INLINE __m512i every_other(int first) {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     return _mm512_add_epi32(even, _mm512_set1_epi32(first));
@@ -107,6 +112,10 @@ struct Vec<float> {
   }
   static DASS_INLINE Vec even(Vec a, Vec b) { return {pairs(_mm256_shuffle_ps(a.r, b.r, 0x88))}; }
   static DASS_INLINE Vec odd(Vec a, Vec b) { return {pairs(_mm256_shuffle_ps(a.r, b.r, 0xdd))}; }
+  static DASS_INLINE Vec shift_in(Vec a, float next) {
+    const __m256i one_on = _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0);
+    return {_mm256_blend_ps(_mm256_permutevar8x32_ps(a.r, one_on), _mm256_set1_ps(next), 0x80)};
+  }
   static DASS_INLINE __m256 pairs(__m256 v) {
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
   }
@@ -210,6 +219,9 @@ struct Vec {
   }
   static DASS_INLINE Vec even(Vec a, Vec b) { return every_other(a, b, 0); }
   static DASS_INLINE Vec odd(Vec a, Vec b) { return every_other(a, b, 1); }
+  static DASS_INLINE Vec shift_in(Vec a, T next) {
+    return make([&](int i) { return i + 1 < lanes ? a.r[i + 1] : next; });
+  }
   static DASS_INLINE Vec every_other(Vec a, Vec b, int first) {
     return make([&](int i) { return 2 * i < lanes ? a.r[2 * i + first] : b.r[2 * i + first - lanes]; });
   }

@@ -37,7 +37,7 @@ std::vector<T> array(const py::dict& d, const char* key) {
 
 Activation activation(const py::dict& d) { return static_cast<Activation>(integer(d, "activation")); }
 
-StepPtr rows(const py::dict& d) {
+RowsSpec rows(const py::dict& d) {
   RowsSpec s;
   s.x = place(d, "x");
   s.y = place(d, "y");
@@ -49,13 +49,34 @@ StepPtr rows(const py::dict& d) {
   s.bias = array<float>(d, "bias");
   s.activation = activation(d);
   s.kernel = {get<bool>(d, "emitted"), integer(d, "height"), integer(d, "vectors"), integer(d, "chunk")};
-  return make_rows(std::move(s));
+  return s;
 }
 
-StepPtr depthwise(const py::dict& d) {
-  return make_depthwise({place(d, "x"), place(d, "y"), integer(d, "kernel"), integer(d, "stride_h"),
-                         integer(d, "stride_w"), integer(d, "top"), integer(d, "left"), integer(d, "dilation_h"),
-                         integer(d, "dilation_w"), array<float>(d, "weights"), array<float>(d, "bias"), activation(d)});
+DepthwiseSpec depthwise(const py::dict& d) {
+  return {place(d, "x"),
+          place(d, "y"),
+          integer(d, "kernel"),
+          integer(d, "stride_h"),
+          integer(d, "stride_w"),
+          integer(d, "top"),
+          integer(d, "left"),
+          integer(d, "dilation_h"),
+          integer(d, "dilation_w"),
+          array<float>(d, "weights"),
+          array<float>(d, "bias"),
+          activation(d),
+          get<bool>(d, "emitted")};
+}
+
+StepPtr fused(const py::dict& d) {
+  FusedSpec s{};
+  s.has_expand = d.contains("expand");
+  s.has_project = d.contains("project");
+  if (s.has_expand) s.expand = rows(get<py::dict>(d, "expand"));
+  s.depthwise = depthwise(get<py::dict>(d, "depthwise"));
+  if (s.has_project) s.project = rows(get<py::dict>(d, "project"));
+  s.strip = integer(d, "strip");
+  return make_fused(std::move(s));
 }
 
 StepPtr pool(const py::dict& d) {
@@ -85,8 +106,9 @@ StepPtr map(const py::dict& d) {
 
 StepPtr make_step(const py::dict& d) {
   const auto kind = get<std::string>(d, "kind");
-  if (kind == "rows") return rows(d);
-  if (kind == "depthwise") return depthwise(d);
+  if (kind == "rows") return make_rows(rows(d));
+  if (kind == "depthwise") return make_depthwise(depthwise(d));
+  if (kind == "fused") return fused(d);
   if (kind == "pool") return pool(d);
   if (kind == "map") return map(d);
   if (kind == "mean") return make_mean(place(d, "x"), place(d, "y"));

@@ -6,6 +6,7 @@
 #include <map>
 
 #include "../cpu/isa.h"
+#include "rows.h"
 
 #ifdef DASS_XBYAK
 #define XBYAK_NO_OP_NAMES
@@ -17,7 +18,7 @@ namespace dass {
 #ifdef DASS_XBYAK
 namespace {
 
-using Fn = void (*)(const float* x, float* y, const float* residual, const float* weights, const Block* blocks,
+using Fn = void (*)(const float* x, float* y, const float* residual, const float* weights, const int32_t* blocks,
                     int64_t count);
 
 constexpr int kRegisters = 32;
@@ -49,7 +50,7 @@ class Emitter : public Xbyak::CodeGenerator {
     entries(m, first, last);
     for (int r = 0; r < count; ++r)
       for (int v = 0; v < tile_.vectors; ++v) finish(m, m.output[first + r], r, v);
-    add(r8, sizeof(Block));
+    add(r8, (2 + tile_.vectors) * sizeof(int32_t));
     dec(r9);
     jnz(loop, T_NEAR);
     pop(r12);
@@ -78,8 +79,7 @@ class Emitter : public Xbyak::CodeGenerator {
     movsxd(rax, dword[r8 + 4]);
     lea(r11, ptr[rsi + rax * 4]);
     if (m.residual) lea(r12, ptr[rdx + rax * 4]);
-    for (int v = 0; v < tile_.vectors; ++v)
-      kmovw(Xbyak::Opmask(v + 1), word[r8 + offsetof(Block, masks) + v * sizeof(uint16_t)]);
+    for (int v = 0; v < tile_.vectors; ++v) kmovw(Xbyak::Opmask(v + 1), word[r8 + (2 + v) * sizeof(int32_t)]);
     lea(rbx, ptr[rcx + kReach]);
     reached_ = kReach;
   }
@@ -167,7 +167,7 @@ class Emitted : public EmittedRows {
     code_.setProtectModeRE();
     for (size_t& at : entries_) at += reinterpret_cast<size_t>(code_.getCode());
   }
-  void run(int64_t first, int64_t last, const float* x, float* y, const float* residual, const Block* blocks,
+  void run(int64_t first, int64_t last, const float* x, float* y, const float* residual, const int32_t* blocks, int64_t,
            int64_t count) const override {
     for (int64_t t = first; t < last; ++t)
       reinterpret_cast<Fn>(entries_[t])(x, y, residual, weights_.data() + begins_[t], blocks, count);

@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "../cpu/isa.h"
+#include "depthwise.h"
 #include "step.h"
 
 namespace dass {
@@ -24,35 +25,22 @@ int64_t written(const Place& p) { return p.end() + p.zeros(); }
 
 class DepthwiseStep : public Step {
  public:
-  explicit DepthwiseStep(DepthwiseSpec s) : s_(std::move(s)) {
-    const int64_t slot = (s_.kernel - 3) / 2;
-    if (s_.kernel % 2 == 0 || slot < 0 || slot > 2) throw std::invalid_argument("depthwise: kernel must be 3, 5 or 7");
-    if (s_.y.pixel == 1 && s_.stride_w > 2) throw std::invalid_argument("depthwise: stride must be 1 or 2");
+  explicit DepthwiseStep(DepthwiseSpec s) : s_(std::move(s)), runner_(s_, s_.emitted) {
     if (s_.x.pad < std::max(s_.top, s_.left)) throw std::invalid_argument("depthwise: too few zeros around x");
-    fn_ = active_table().dense->depthwise[slot];
+    runner_.prepare(s_.y.rows);
   }
   void run(const Pass& pass, int64_t part, int64_t parts) const override {
     const auto [first, last] = share(s_.y.channels, part, parts);
-    const int64_t pitch = s_.x.pitch * s_.x.pixel;
-    DepthwiseArgs a{};
-    a.x = picture(pass, s_.x, first);
-    a.x.data -= s_.top * pitch + s_.left * s_.x.pixel;
-    a.y = rows_out(pass, s_.y, first, last);
-    a.weights = s_.weights.data() + first * s_.kernel * s_.kernel;
-    a.bias = s_.bias.data() + first;
-    a.tap_row = s_.dilation_h * pitch;
-    a.tap_column = s_.dilation_w * s_.x.pixel;
-    a.stride_row = s_.stride_h * pitch;
-    a.stride = s_.stride_w;
-    a.activation = s_.activation;
-    fn_(a);
+    const int64_t corner = (s_.top * s_.x.pitch + s_.left) * s_.x.pixel;
+    runner_.run(pass.at(s_.x) + first * s_.x.channel - corner, pass.at(s_.y) + first * s_.y.channel, first, last,
+                s_.y.rows, s_.y.zeros());
     zero_around(pass, s_.y, written(s_.y), first, last);
   }
-  std::string kernel() const override { return "depthwise " + std::to_string(s_.kernel); }
+  std::string kernel() const override { return runner_.name(); }
 
  private:
   DepthwiseSpec s_;
-  void (*fn_)(const DepthwiseArgs&);
+  DepthwiseRunner runner_;
 };
 
 class PoolStep : public Step {
@@ -80,8 +68,6 @@ class PoolStep : public Step {
   }
   void run(const Pass& pass, int64_t part, int64_t parts) const override {
     const auto [first, last] = share(s_.y.channels, part, parts);
-    thread_local std::vector<float> scratch;
-    scratch.resize(std::max<size_t>(scratch.size(), scratch_));
     PoolArgs a{};
     a.x = picture(pass, s_.x, first);
     a.y = rows_out(pass, s_.y, first, last);
@@ -100,7 +86,7 @@ class PoolStep : public Step {
     a.by_column = by_column_.data();
     a.scale = s_.scale.empty() ? nullptr : s_.scale.data() + first;
     a.bias = s_.bias.empty() ? nullptr : s_.bias.data() + first;
-    a.scratch = scratch.data();
+    a.scratch = scratch_floats(0, scratch_);
     a.scratch_floats = scratch_;
     a.activation = s_.activation;
     fn_(a);

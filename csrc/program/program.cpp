@@ -10,23 +10,42 @@ namespace dass {
 // Steps load whole registers: some floats before and behind what they mean.
 constexpr int64_t kSlack = 4096;
 
-class Program::Arena {
+namespace {
+
+// Floats on a page of their own, zeros at first, with slack on both sides.
+class Memory {
  public:
-  explicit Arena(int64_t floats) {
+  explicit Memory(int64_t floats) : floats_(floats) {
     constexpr size_t kPage = 4096;
     const size_t bytes = ((floats + 2 * kSlack) * sizeof(float) + kPage - 1) / kPage * kPage;
     memory_ = static_cast<float*>(std::aligned_alloc(kPage, bytes));
     if (!memory_) throw std::bad_alloc();
     std::memset(memory_, 0, bytes);
   }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-  ~Arena() { std::free(memory_); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { std::free(memory_); }
   float* data() const { return memory_ + kSlack; }
+  int64_t floats() const { return floats_; }
 
  private:
+  int64_t floats_;
   float* memory_;
 };
+
+}  // namespace
+
+class Program::Arena : public Memory {
+ public:
+  using Memory::Memory;
+};
+
+float* scratch_floats(int slot, int64_t floats) {
+  thread_local std::unique_ptr<Memory> memory[2];
+  auto& m = memory[slot];
+  if (!m || m->floats() < floats) m = std::make_unique<Memory>(floats);
+  return m->data();
+}
 
 // Threads claim the parts of a step one by one. Whoever comes late, or never, is not waited for: the
 // others do its parts. So nothing here depends on how many threads really run.

@@ -60,6 +60,9 @@ inline void zero_around(const Pass& pass, const Place& p, int64_t from, int64_t 
     for (int64_t i = from; i < p.channel; ++i) y[c * p.channel + i] = 0.0f;
 }
 
+// Memory of the calling thread, aligned to a line; it only grows.
+float* scratch_floats(int slot, int64_t floats);
+
 inline PlanesOut planes_out(const Pass& pass, const Place& p, int64_t first, int64_t last) {
   return {pass.at(p) + first * p.channel, p.channel, p.pitch, last - first, p.rows, p.columns, p.pixel, p.zeros()};
 }
@@ -88,8 +91,21 @@ struct DepthwiseSpec {
   int64_t kernel, stride_h, stride_w, top, left, dilation_h, dilation_w;
   std::vector<float> weights, bias;
   Activation activation;
+  bool emitted = false;  // whether code may be made for it
 };
 StepPtr make_depthwise(DepthwiseSpec spec);
+
+// A 1x1 convolution (or none), a depthwise one, a 1x1 one (or none), `strip` output rows at a time.
+// The places between them are scratch: expand.y and depthwise.x hold the rows of one strip of one tile
+// of channels, depthwise.y and project.x those of one strip, if there is a project.
+struct FusedSpec {
+  bool has_expand, has_project;
+  RowsSpec expand;
+  DepthwiseSpec depthwise;
+  RowsSpec project;
+  int64_t strip;
+};
+StepPtr make_fused(FusedSpec spec);
 
 struct PoolSpec {
   Place x, y;

@@ -114,7 +114,9 @@ class Engine:
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"input must be float32 on the CPU, got {x.dtype} on {x.device}")
         if dass_kernels.active_isa() != self.isa:
-            raise ValueError(f"compiled for {self.isa}; the active ISA is {dass_kernels.active_isa()}")
+            raise ValueError(
+                f"compiled for {self.isa}; the active ISA is {dass_kernels.active_isa()}"
+            )
         return x.contiguous()
 
     def _run(self, x: Tensor, side_by_side: bool) -> Tensor:
@@ -139,7 +141,7 @@ class Engine:
 
     def _build(self, segment: Segment, wide: bool, sample: list[Tensor]) -> Built:
         lanes = dass_kernels.register_lanes()
-        plan = make_plan(segment.graph, lanes if wide else 1, lanes, sparse_gemv=self.isa == "avx512")
+        plan = make_plan(segment.graph, lanes if wide else 1, sparse_gemv=self.isa == "avx512")
         for step in tuning.products(plan):
             tuning.set_kernel(step, tuning.default_kernel())
         choices = tuning.choose(plan, sample, self._cache) if self._tune else {}

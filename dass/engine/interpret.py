@@ -89,6 +89,7 @@ def _mul(node: Mul, a: Tensor, b: Tensor) -> Tensor:
 
 def run_torch(node: Torch, *inputs: Tensor) -> Tensor:
     """The node's op on its inputs."""
+
     def decode(value):
         if isinstance(value, list):
             return [decode(item) for item in value]

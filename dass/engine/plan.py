@@ -6,13 +6,14 @@ program = dass_kernels.Program(plan.images, plan.arena, plan.apart, plan.steps)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from torch import Tensor
 
 from dass.engine import graph as g
+from dass.engine.depth_first import Fusion
 from dass.engine.layout import Layout, Place, assign_offsets, tensor, vector
 
 ACTIVATION_CODES = {
@@ -31,8 +32,9 @@ GEMV_MOST = 0.5
 class Step:
     """One step of a program and what people want to know of it.
 
-    kind, fields: what C++ makes it from; places are under their keys "x", "y", ... as names.
-    source: of the nodes it came from. flops: useful multiply-adds of one image. weights: bytes.
+    kind, fields: what C++ makes it from. reads: key -> name of a place; writes: the one of "y".
+    source: of the nodes it came from. macs: multiply-adds of one image, zeros counted; nonzeros: of
+    its weights. inner: the steps that a fused one is made of, by role.
     """
 
     kind: str
@@ -43,6 +45,11 @@ class Step:
     macs: int = 0
     nonzeros: int = 0
     note: str = ""
+    inner: dict[str, Step] = field(default_factory=dict)
+
+    def parts(self) -> list[Step]:
+        """Itself, or what it is made of."""
+        return list(self.inner.values()) or [self]
 
 
 @dataclass
@@ -60,19 +67,38 @@ class Plan:
 
     def described(self) -> list[dict]:
         """The steps as dicts for :class:`dass_kernels.Program`."""
-        found = []
-        for step in self.steps:
-            places = {key: asdict(self.places[name]) for key, name in step.reads.items()}
-            places["y"] = asdict(self.places[step.writes])
-            found.append({"kind": step.kind, **places, **step.fields})
-        return found
+        return [self._described(step) for step in self.steps]
+
+    def _described(self, step: Step) -> dict:
+        places = {key: asdict(self.places[name]) for key, name in step.reads.items()}
+        places["y"] = asdict(self.places[step.writes])
+        inner = {key: self._described(part) for key, part in step.inner.items()}
+        return {"kind": step.kind, **places, **step.fields, **inner}
+
+
+@dataclass
+class Offsets:
+    """Where the entries of a product's rows find their pixels, before places are known.
+
+    taps: place -> floats from its start, [channels, kh, kw]. channel, tap: of each entry.
+    """
+
+    taps: Callable[[Place], np.ndarray]
+    channel: np.ndarray
+    tap: np.ndarray
+
+    def resolve(self, place: Place) -> np.ndarray:
+        table = self.taps(place)
+        return table.reshape(len(table), -1)[self.channel, self.tap].astype(np.int32)
 
 
 class _Planner:
     """Turns the nodes of one segment into steps."""
 
-    def __init__(self, graph: g.Graph, pixel: int, sparse_gemv: bool):
+    def __init__(self, graph: g.Graph, pixel: int, sparse_gemv: bool, fusions: Iterable[Fusion]):
         self.graph, self.pixel, self.sparse_gemv = graph, pixel, sparse_gemv
+        self.fusions = {fusion.last: fusion for fusion in fusions}
+        self.inside = {name for fusion in fusions for name in fusion.members} - {*self.fusions}
         self.layout = Layout(pixel)
         self.steps: list[Step] = []
         self.fixed: dict[str, Place] = {}  # tensors of the call, vectors
@@ -82,6 +108,7 @@ class _Planner:
         self.nodes = {node.name: node for node in graph}
         self.splits: dict[tuple, str] = {}
         self.imports: dict[str, str] = {}
+        self.scratch: list[tuple[Fusion, str, str]] = []
 
     def plan(self) -> Plan:
         inputs = [node for node in self.graph if isinstance(node, g.Input)]
@@ -94,7 +121,9 @@ class _Planner:
             if not isinstance(node, g.Input):
                 self._declare(node)
         for node in self.graph:
-            if not isinstance(node, g.Input):
+            if node.name in self.fusions:
+                self._fused(self.fusions[node.name])
+            elif not isinstance(node, g.Input) and node.name not in self.inside:
                 getattr(self, f"_{node.op}")(node)
         shapes = [node.shape for node in inputs]
         for space, name in enumerate(self.graph.outputs, len(inputs) + 1):
@@ -185,7 +214,7 @@ class _Planner:
     def _conv(self, node: g.Conv) -> None:
         if len(node.shape) == 1 or len(self.nodes[node.inputs[0]].shape) == 1:
             return self._matrix(node, node.weight.flatten(1), node.bias, node.activation)
-        if self._suits_depthwise(node):
+        if suits_depthwise(node, self.pixel):
             return self._depthwise(node)
         x, taps = self._taps(node)
         reads = {"x": x}
@@ -196,35 +225,62 @@ class _Planner:
             self._link(reads["residual"], node.name)
         self._rows(node, reads, taps)
 
-    def _suits_depthwise(self, node: g.Conv) -> bool:
-        """Whether the dense depthwise kernels take it, and it has weights enough for them."""
-        kh, kw = node.weight.shape[2:]
-        return (
-            node.is_depthwise
-            and len(node.inputs) == 1
-            and kh == kw in (3, 5, 7)
-            and (self.pixel > 1 or node.stride[1] in (1, 2))
-            and min(node.padding) >= 0
-            and node.activation in SIMPLE_ACTIVATIONS
-            and float((node.weight != 0).float().mean()) >= DEPTHWISE_LEAST
-        )
-
     def _depthwise(self, node: g.Conv) -> None:
         x = self._picture(node.inputs[0])
-        kernel = node.weight.shape[2]
-        self.layout.need(x, _reach(node, self._shape(x)))
-        fields = {
-            "kernel": kernel, "stride_h": node.stride[0], "stride_w": node.stride[1],
-            "top": node.padding[0], "left": node.padding[2],
-            "dilation_h": node.dilation[0], "dilation_w": node.dilation[1],
-            "weights": _floats(node.weight), "bias": _floats(node.bias),
-            "activation": ACTIVATION_CODES[node.activation],
-        }  # fmt: skip
-        macs = node.weight.numel() * node.shape[1] * node.shape[2]
-        nonzeros = int((node.weight != 0).sum())
-        self._step(
-            "depthwise", {"x": x}, node.name, fields, node.source, macs=macs, nonzeros=nonzeros
+        self.layout.need(x, reach(node, self._shape(x)))
+        self.steps.append(_depthwise_step(node, x, node.name))
+
+    def _fused(self, fusion: Fusion) -> None:
+        """[1x1 ->] depthwise [-> 1x1] as one step; what lies between is scratch."""
+        middle = self.nodes[fusion.depthwise]
+        first = self.nodes[fusion.expand] if fusion.expand else middle
+        last = self.nodes[fusion.last]
+        x = self._picture(first.inputs[0])
+        self.layout.need(x, reach(middle, self._shape(x)))
+        hidden = [f"{fusion.depthwise} in", f"{fusion.depthwise} out"]
+        source, target = (
+            hidden[0] if fusion.expand else x,
+            hidden[1] if fusion.project else last.name,
         )
+        inner = {"depthwise": _depthwise_step(middle, source, target)}
+        reads = {"x": x}
+        if fusion.expand:
+            inner["expand"] = self._rows_step(first, {"x": x}, source, _pointwise_taps(first))
+        if fusion.project:
+            if len(last.inputs) > 1:
+                reads["residual"] = self._picture(last.inputs[1])
+                self._link(reads["residual"], last.name)
+            rest = {key: name for key, name in reads.items() if key != "x"}
+            inner["project"] = self._rows_step(
+                last, {"x": target, **rest}, last.name, _pointwise_taps(last)
+            )
+        self.scratch.append((fusion, x, last.name))
+        parts = inner.values()
+        self.steps.append(
+            Step(
+                "fused", reads, last.name, {"strip": fusion.strip},
+                " > ".join(self.nodes[name].source for name in fusion.members),
+                macs=sum(part.macs for part in parts), nonzeros=sum(part.nonzeros for part in parts),
+                inner=inner,
+            )
+        )  # fmt: skip
+
+    def _place_scratch(self, places: dict[str, Place]) -> None:
+        """Places between the layers of a fused step: the rows of one strip."""
+        for fusion, x, y in self.scratch:
+            node = self.nodes[fusion.depthwise]
+            out_rows = min(fusion.strip, node.shape[1])
+            rows = (
+                (out_rows - 1) * node.stride[0] + (node.weight.shape[2] - 1) * node.dilation[0] + 1
+            )
+            before, after = places[x], places[y]
+            _, height, width = self._shape(x)
+            room = -(-(rows * before.pitch) // 16) * 16 + 16 * 12
+            places[f"{node.name} in"] = Place(
+                node.weight.shape[0], height, width, room, before.pitch, before.pad
+            )
+            room = -(-(out_rows * after.pitch + 32) // 16) * 16
+            places[f"{node.name} out"] = Place(*node.shape, room, after.pitch)
 
     def _taps(self, node: g.Conv) -> tuple[str, Callable[[Place], np.ndarray]]:
         """The picture a convolution reads, and floats from its start for [I, kh, kw], once it is placed."""
@@ -237,7 +293,7 @@ class _Planner:
         same = node.shape[1:] == (rows, columns)
         if node.stride == (1, 1) and (same or self.pixel > 1) and self.pixel >= 1:
             x = self._picture(x)
-            self.layout.need(x, _reach(node, (0, rows, columns)))
+            self.layout.need(x, reach(node, (0, rows, columns)))
             return x, lambda p: _offsets(p, channels, dy, dx)
         sh, sw = node.stride
         x, phases = self._split(node, dy, dx)
@@ -277,28 +333,30 @@ class _Planner:
         return split, index
 
     def _rows(self, node: g.Conv, reads: dict, taps: Callable[[Place], np.ndarray]) -> None:
-        outputs, per_group = node.weight.shape[:2]
-        group = outputs // node.groups
-        weight = node.weight.numpy().reshape(outputs, -1)
-        row, column = np.nonzero(weight)
-        channel = column // (weight.shape[1] // per_group) + row // group * per_group
-        tap = column % (weight.shape[1] // per_group)
-        simple = node.activation in SIMPLE_ACTIVATIONS
-        fields = {
-            "indptr": np.concatenate([[0], np.cumsum(np.bincount(row, minlength=outputs))]).astype(np.int32),
-            "values": weight[row, column].astype(np.float32), "bias": _floats(node.bias),
-            "activation": ACTIVATION_CODES[node.activation if simple else None],
-            "offsets": (taps, channel, tap),
-            "emitted": False, "height": 28, "vectors": 8, "chunk": 0,
-        }  # fmt: skip
-        pixels = node.shape[1] * node.shape[2]
-        self._step(
-            "rows", reads, node.name, fields, node.source,
-            macs=node.weight.numel() * pixels, nonzeros=len(row),
-        )  # fmt: skip
-        if not simple:
+        self.steps.append(self._rows_step(node, reads, node.name, taps))
+        if node.activation not in SIMPLE_ACTIVATIONS:
             code = ACTIVATION_CODES[node.activation]
             self._map({"x": node.name}, node.name, node.source, activation=code)
+
+    def _rows_step(
+        self, node: g.Conv, reads: dict, writes: str, taps: Callable[[Place], np.ndarray]
+    ) -> Step:
+        outputs, per_group = node.weight.shape[:2]
+        weight = node.weight.numpy().reshape(outputs, -1)
+        kernel = weight.shape[1] // per_group
+        row, column = np.nonzero(weight)
+        starts = np.cumsum(np.bincount(row, minlength=outputs))
+        simple = node.activation in SIMPLE_ACTIVATIONS
+        fields = {
+            "indptr": np.concatenate([[0], starts]).astype(np.int32),
+            "offsets": Offsets(taps, column // kernel + row // (outputs // node.groups) * per_group, column % kernel),
+            "values": weight[row, column].astype(np.float32),
+            "bias": _floats(node.bias),
+            "activation": ACTIVATION_CODES[node.activation if simple else None],
+            "emitted": False, "height": 28, "vectors": 8, "chunk": 0,
+        }  # fmt: skip
+        macs = node.weight.numel() * node.shape[1] * node.shape[2]
+        return Step("rows", reads, writes, fields, node.source, macs=macs, nonzeros=len(row))
 
     def _linear(self, node: g.Linear) -> None:
         self._matrix(node, node.weight, node.bias, node.activation)
@@ -429,13 +487,12 @@ class _Planner:
                     places[name].offset = at + channel * whole.channel
                     if name in self.layout.shapes:
                         places[name].channel = whole.channel
+        self._place_scratch(places)
         for step in self.steps:
-            if isinstance(step.fields.get("offsets"), tuple):
-                taps, channel, tap = step.fields["offsets"]
-                table = taps(places[step.reads["x"]])
-                step.fields["offsets"] = table.reshape(len(table), -1)[channel, tap].astype(
-                    np.int32
-                )
+            for part in step.parts():
+                if "offsets" in part.fields:
+                    found = part.fields["offsets"].resolve(places[part.reads["x"]])
+                    part.fields["offsets"] = found
         return Plan(self.pixel, self.steps, places, apart, arena)
 
     def _owner(self, name: str) -> tuple[str, int]:
@@ -446,13 +503,48 @@ class _Planner:
         return name, channel
 
 
-def make_plan(graph: g.Graph, batch: int, lanes: int, *, sparse_gemv: bool = False) -> Plan:
-    """The steps of a graph without Torch nodes, for calls with about `batch` images.
+def make_plan(
+    graph: g.Graph, pixel: int, *, sparse_gemv: bool = False, fusions: Iterable[Fusion] = ()
+) -> Plan:
+    """The steps of a graph without Torch nodes.
 
-    lanes: of a register. With as many images they lie side by side. sparse_gemv: whether there is a
-    kernel for vectors times matrices stored as bit masks.
+    pixel: images per pass: 1, or the lanes of a register, which then lie side by side. sparse_gemv:
+    whether there is a kernel for vectors times matrices stored as bit masks. fusions: groups that
+    run depth first (planes of one image only).
     """
-    return _Planner(graph, lanes if batch >= lanes else 1, sparse_gemv).plan()
+    return _Planner(graph, pixel, sparse_gemv, tuple(fusions)).plan()
+
+
+def suits_depthwise(node: g.Conv, pixel: int) -> bool:
+    """Whether the dense depthwise kernels take it, and it has weights enough for them."""
+    kh, kw = node.weight.shape[2:]
+    return (
+        node.is_depthwise
+        and len(node.inputs) == 1
+        and kh == kw in (3, 5, 7)
+        and (pixel > 1 or node.stride[1] in (1, 2))
+        and min(node.padding) >= 0
+        and node.activation in SIMPLE_ACTIVATIONS
+        and float((node.weight != 0).float().mean()) >= DEPTHWISE_LEAST
+    )
+
+
+def _depthwise_step(node: g.Conv, x: str, y: str) -> Step:
+    fields = {
+        "kernel": node.weight.shape[2], "stride_h": node.stride[0], "stride_w": node.stride[1],
+        "top": node.padding[0], "left": node.padding[2],
+        "dilation_h": node.dilation[0], "dilation_w": node.dilation[1],
+        "weights": _floats(node.weight), "bias": _floats(node.bias),
+        "activation": ACTIVATION_CODES[node.activation], "emitted": True,
+    }  # fmt: skip
+    macs = node.weight.numel() * node.shape[1] * node.shape[2]
+    nonzeros = int((node.weight != 0).sum())
+    return Step("depthwise", {"x": x}, y, fields, node.source, macs=macs, nonzeros=nonzeros)
+
+
+def _pointwise_taps(node: g.Conv) -> Callable[[Place], np.ndarray]:
+    channels, zero = np.arange(node.weight.shape[1]), np.zeros(1, int)
+    return lambda p: _offsets(p, channels, zero, zero)
 
 
 def _floats(values: Tensor | None) -> np.ndarray:
@@ -466,7 +558,7 @@ def _offsets(p: Place, channels: np.ndarray, dy: np.ndarray, dx: np.ndarray) -> 
     return channels[:, None, None] * p.channel + (dy[:, None] * p.pitch + dx) * p.pixel
 
 
-def _reach(node: g.Conv, shape: tuple[int, int, int]) -> int:
+def reach(node: g.Conv, shape: tuple[int, int, int]) -> int:
     """How many zeros around its input a convolution reads."""
     found = 0
     for axis in (0, 1):
