@@ -23,6 +23,7 @@ _HOME = {
     "SearchResult": "searching",
     "save": "files",
     "load": "files",
+    "export": "exporting",
 }
 __all__ = [*_HOME, "zoo"]
 
