@@ -24,6 +24,7 @@ _HOME = {
     "SearchResult": "searching",
     "save": "files",
     "load": "files",
+    "export": "exporting",
 }
 __all__ = [*_HOME, "zoo"]
 

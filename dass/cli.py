@@ -139,6 +139,61 @@ def evaluate(
 
 
 @app.command()
+def export(
+    source: Source,
+    to: Annotated[str, typer.Option("--to", help="onnx, onnx-sparse or torch.")] = "onnx",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The file. Default: beside the network's, as .onnx, .pt2."
+        ),
+    ] = None,
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Merge each BatchNorm into the convolution before it.")
+    ] = False,
+    opset: Annotated[int, typer.Option(help="Of ONNX, 18 or later.")] = 18,
+    batch: Annotated[
+        int | None, typer.Option(help="Fix the batch size. Default: any.", show_default=False)
+    ] = None,
+    shape: Input = None,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width of the images. Default: as trained.")
+    ] = None,
+    model: Model = None,
+) -> None:
+    """Write a saved network to a file for another runtime, and say what that does with the zeros.
+
+    **onnx**: dense weights with exact zeros, which every ONNX runtime reads. ONNX Runtime and
+    OpenVINO multiply the zeros: pruning makes nothing faster there. MNN's converter looks for them.
+    **onnx-sparse**: the kept weights and where they are, a smaller file from two thirds of zeros
+    on. ONNX Runtime reads it and makes it dense; OpenVINO and MNN refuse it. **torch**: a program
+    for torch.export.load and what builds on it, dense.
+
+    The file is run and compared with the network before it is put in place. ONNX needs
+    **pip install dass\\[export]**. To run the zeros fast stay in PyTorch: **dass bench** shows what
+    that gives.
+
+    Example: **dass export runs/r20-90 --to onnx-sparse -o r20-90.onnx**
+    """
+    with session() as console:
+        from dass import arguments
+        from dass.export_run import export_network
+
+        report = export_network(
+            source,
+            out,
+            format=to,
+            fold=fold,
+            opset=opset,
+            batch=batch,
+            shape=arguments.shape(shape),
+            size=inherit(source, None, size, None)[1],
+            model=model,
+        )
+        publish(report, None, console)
+
+
+@app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("runs/plot"),

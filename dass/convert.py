@@ -15,7 +15,7 @@ from dass.sparse_layer import like
 from dass.surgery import Slots, adopt_hooks, carry_over, copy_model, evaluating, make_permanent
 from dass.timing import Sample, machine_facts, measure, speedup, threads
 
-__all__ = ["LayerChoice", "SparsifyReport", "densify", "sparsify"]
+__all__ = ["LayerChoice", "SparsifyReport", "call_arguments", "densify", "sparsify"]
 
 POLICIES = ("auto", "always")
 # Below this share of zeros no kernel here has beaten the dense layer: not worth its measuring.
@@ -181,7 +181,7 @@ class _Network:
         self.layers = _find_layers(model)
         self.model = model
         self._slots = Slots(model, [layer.module for layer in self.layers])
-        self._args, self._kwargs = _call_arguments(example)
+        self._args, self._kwargs = call_arguments(example)
 
     def use_chosen(self) -> None:
         self.model = self._slots.put([layer.forms[layer.chosen] for layer in self.layers])
@@ -452,7 +452,8 @@ def _kind(module: nn.Module) -> str:
     return word + (f" g{module.groups}" if module.groups != 1 else "")
 
 
-def _call_arguments(example) -> tuple[tuple, dict]:
+def call_arguments(example) -> tuple[tuple, dict]:
+    """(args, kwargs) of example inputs: a tensor, a tuple or list of arguments, or a dict."""
     if isinstance(example, Mapping):
         return (), dict(example)
     return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})

@@ -29,7 +29,15 @@ from dass.masks import parse_pattern
 from dass.nn import SparseConv2d, SparseLinear
 from dass.surgery import Slots, adopt_hooks, carry_over
 
-__all__ = ["CorruptFileError", "FileError", "MismatchError", "VersionError", "load", "save"]
+__all__ = [
+    "CorruptFileError",
+    "FileError",
+    "MismatchError",
+    "VersionError",
+    "load",
+    "save",
+    "write_whole",
+]
 
 FORMAT = 1
 _SPARSE = (SparseConv2d, SparseLinear)
@@ -75,7 +83,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     data = to_bytes(tensors, metadata)
     digest = hashlib.sha256(data).hexdigest().encode()
     place = data.index(_sum_field(_NO_SUM)) + len(_sum_field(""))
-    _write(Path(os.path.realpath(path)), (data[:place], digest, data[place + len(digest) :]))
+    write_whole(path, (data[:place], digest, data[place + len(digest) :]))
 
 
 def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
@@ -277,7 +285,9 @@ def _with_sparse_layers(model: nn.Module, layers: dict, state: dict[str, Tensor]
     return model
 
 
-def _write(path: Path, parts: tuple[bytes, ...]) -> None:
+def write_whole(path: str | os.PathLike, parts: tuple[bytes, ...]) -> None:
+    """Writes a file under another name beside it, flushes it to the disk and renames it."""
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
