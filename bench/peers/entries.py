@@ -54,6 +54,11 @@ def _sparsify_folded(model: nn.Module, example: Tensor) -> Call:
     return _sparsify(fold_batchnorm(dass.densify(model), example), example)
 
 
+def _engine(model: nn.Module, example: Tensor) -> Call:
+    compiled = dass.compile(model, example)
+    return lambda: compiled(example)
+
+
 ENTRIES: dict[str, Callable[[nn.Module, Tensor], Call]] = {
     "torch-eager": _eager,
     "torch-channels-last": _channels_last,
@@ -61,6 +66,7 @@ ENTRIES: dict[str, Callable[[nn.Module, Tensor], Call]] = {
     "torch-compile": _compiled,
     "sparsify": _sparsify,
     "sparsify-folded": _sparsify_folded,
+    "dass-compile": _engine,
 }
 LAYOUTS = {"torch-channels-last": "NHWC"}  # the others: NCHW
 

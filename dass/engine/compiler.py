@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import dass_kernels
 from dass.engine import graph as g
 from dass.engine import tuning
 from dass.engine.capture import capture
+from dass.engine.depth_first import Fusion, groups
 from dass.engine.passes import Report, simplify
-from dass.engine.plan import Plan, make_plan
+from dass.engine.plan import Plan, make_plan, suits_depthwise
 from dass.engine.segments import Segment, cut
 
 PRECISIONS = ("fp32",)
@@ -26,7 +28,7 @@ def compile(
     precision: str = "fp32",
     *,
     tune: bool = True,
-    cache: Path | None | str = "default",
+    cache: Path | str | None = "default",
 ) -> Engine:
     """A pruned network as fast as this processor runs it: y = model(x), in inference.
 
@@ -140,9 +142,16 @@ class Engine:
         return self._built[key].program
 
     def _build(self, segment: Segment, wide: bool, sample: list[Tensor]) -> Built:
-        lanes = dass_kernels.register_lanes()
-        plan = make_plan(segment.graph, lanes if wide else 1, sparse_gemv=self.isa == "avx512")
-        for step in tuning.products(plan):
-            tuning.set_kernel(step, tuning.default_kernel())
-        choices = tuning.choose(plan, sample, self._cache) if self._tune else {}
+        pixel = dass_kernels.register_lanes() if wide else 1
+
+        def make(fusions: Sequence[Fusion]) -> Plan:
+            gemv = self.isa == "avx512"
+            return make_plan(segment.graph, pixel, sparse_gemv=gemv, fusions=fusions)
+
+        if not self._tune:
+            plan = make(())
+            tuning.use(plan, {})
+            return Built(plan, tuning.build(plan), {})
+        fusible = groups(segment.graph, lambda node: suits_depthwise(node, 1)) if not wide else []
+        plan, choices = tuning.choose(make, fusible, sample, self._cache)
         return Built(plan, tuning.build(plan), choices)

@@ -26,8 +26,9 @@ class Fusion:
 
 
 def groups(graph: g.Graph, suits) -> list[Fusion]:
-    """The longest group around each depthwise layer that ``suits``; those of one layer are left out."""
+    """The longest group around each depthwise layer that ``suits``, no two with a layer in common."""
     nodes, readers = {node.name: node for node in graph}, graph.readers()
+    taken: set[str] = set()
     found = []
     for node in graph:
         if not isinstance(node, g.Conv) or not suits(node):
@@ -42,8 +43,10 @@ def groups(graph: g.Graph, suits) -> list[Fusion]:
             project = None
         if project and node.name in after[0].inputs[1:]:
             project = None
-        if expand or project:
-            found.append(Fusion(node.name, expand, project))
+        group = Fusion(node.name, None if expand in taken else expand, project)
+        if len(group.members) > 1:
+            found.append(group)
+            taken.update(group.members)
     return found
 
 

@@ -11,19 +11,24 @@ import contextlib
 import json
 import os
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import dass_kernels
+from dass.engine.depth_first import Fusion
 from dass.engine.plan import Plan, Step
 from dass.timing import machine_facts
 
 VERSION = 1  # of the kernels' behaviour: what an older one measured is not read
-ROUNDS = 3  # passes over all kinds, each of RUNS runs
+ROUNDS = 3  # passes over all kinds, each of up to RUNS runs
 RUNS = 9
+TURN_SECONDS = 0.25
+MOST_SECONDS = 8.0  # after which no further pass begins
+STRIPS = (16, 32)  # output rows at a time, depth first
 # Code of wide tiles is large; past this nobody has seen it win.
 MOST_CODE = 6 << 20
 L1_BYTES = 24 << 10  # of pixels that one pass over the rows should stay within
@@ -74,8 +79,8 @@ def candidates(plan: Plan, step: Step) -> list[Kernel]:
 
 
 def products(plan: Plan) -> list[Step]:
-    """The steps that there is something to choose for."""
-    return [step for step in plan.steps if step.kind == "rows"]
+    """The steps, and parts of fused ones, that there is something to choose for."""
+    return [part for step in plan.steps for part in step.parts() if part.kind == "rows"]
 
 
 def set_kernel(step: Step, kernel: Kernel) -> None:
@@ -88,55 +93,78 @@ def signature(plan: Plan, step: Step) -> str:
     """Steps with one signature take one time."""
     x, y = plan.places[step.reads["x"]], plan.places[step.writes]
     parts = (
-        f"{x.channels}x{x.rows}x{x.columns}/{x.pitch}", f"{y.channels}x{y.rows}x{y.columns}/{y.pitch}",
+        step.kind, f"{x.channels}x{x.rows}x{x.columns}", f"{y.channels}x{y.rows}x{y.columns}",
         step.nonzeros, step.fields["activation"], "residual" in step.reads, x.pixel,
     )  # fmt: skip
     return " ".join(map(str, parts))
 
 
-def choose(plan: Plan, sample: Sequence[torch.Tensor], cache: Path | None) -> dict[str, dict]:
-    """Settles the kernel of every product of a plan, by measurement where the cache knows nothing.
+def choose(
+    make: Callable[[Sequence[Fusion]], Plan],
+    groups: Sequence[Fusion],
+    sample: Sequence[torch.Tensor],
+    cache: Path | None,
+) -> tuple[Plan, dict[str, dict]]:
+    """The plan with the kernels, and the groups run depth first, that are fastest here.
 
     Args:
-        plan: its steps' kernels are set.
+        make: fusions -> a plan.
+        groups: that may run depth first.
         sample: the tensors of a call, inputs and outputs.
-        cache: a file of earlier choices; None keeps none.
+        cache: a file of earlier measurements; None keeps none.
 
     Returns:
-        signature -> {"kernel": ..., "us": {kernel: microseconds}} for the products of this plan.
+        The plan, its kernels set, and what was measured: signature -> {"kernel": ..., "us":
+        {kernel: microseconds}}, and for a group {"strip": ..., "us": {how: microseconds}}.
     """
-    steps = products(plan)
     known = _read(cache)
-    missing = [step for step in steps if signature(plan, step) not in known]
-    if missing:
-        measured = _measure(plan, steps, sample)
-        known |= measured
-        _write(cache, measured)
-    chosen = {signature(plan, step): known[signature(plan, step)] for step in steps}
-    for step in steps:
-        set_kernel(step, Kernel(**chosen[signature(plan, step)]["kernel"]))
-    return chosen
+    apart = make(())
+    steps = products(apart)
+    fresh: dict[str, dict] = {}
+    if any(signature(apart, step) not in known for step in steps):
+        fresh |= _measure(apart, steps, sample)
+    chosen = {key: (known | fresh)[key] for key in (signature(apart, step) for step in steps)}
+    use(apart, chosen)
+    names = {group: group_signature(apart, group) for group in groups}
+    if any(name not in known for name in names.values()):
+        fresh |= _measure_groups(make, groups, names, chosen, sample)
+    chosen |= {name: (known | fresh)[name] for name in names.values()}
+    if fresh:
+        _write(cache, fresh)
+    picked = [replace(group, **chosen[names[group]]["how"]) for group in groups]
+    plan = make([group for group in picked if group.strip and len(group.members) > 1])
+    use(plan, chosen)
+    return plan, chosen
+
+
+def use(plan: Plan, chosen: dict[str, dict]) -> None:
+    """Sets the kernels of a plan, the default where none was chosen. Strips are their own chunks."""
+    for step in plan.steps:
+        for part in step.parts():
+            if part.kind != "rows":
+                continue
+            row = chosen.get(signature(plan, part))
+            kernel = Kernel(**row["kernel"]) if row else default_kernel()
+            if part is not step:
+                kernel = replace(kernel, chunk=0)
+            set_kernel(part, kernel)
 
 
 def _measure(plan: Plan, steps: list[Step], sample: Sequence[torch.Tensor]) -> dict[str, dict]:
     """Times every candidate of every step, all steps at once, kind by kind."""
     options = {id(step): candidates(plan, step) for step in steps}
     places = {id(step): i for i, step in enumerate(plan.steps)}
-    most = max(len(found) for found in options.values())
-    times: dict[tuple[int, int], list[float]] = {}
+    most = max((len(found) for found in options.values()), default=0)
     programs = []
     for turn in range(most):
         for step in steps:
             set_kernel(step, options[id(step)][turn % len(options[id(step)])])
         programs.append(build(plan))
-    with _one_thread():
-        for _ in range(ROUNDS):
-            for turn, program in enumerate(programs):
-                program.run(sample)
-                runs = [program.profile(sample) for _ in range(RUNS)]
-                for step in steps:
-                    key = (id(step), turn % len(options[id(step)]))
-                    times.setdefault(key, []).extend(run[places[id(step)]] for run in runs)
+    times: dict[tuple[int, int], list[float]] = {}
+    for turn, runs in _profiles(programs, sample):
+        for step in steps:
+            key = (id(step), turn % len(options[id(step)]))
+            times.setdefault(key, []).extend(run[places[id(step)]] for run in runs)
     found: dict[str, dict] = {}
     for step in steps:
         medians = {
@@ -149,6 +177,72 @@ def _measure(plan: Plan, steps: list[Step], sample: Sequence[torch.Tensor]) -> d
             "us": {str(kernel): round(us, 2) for kernel, us in medians.items()},
         }
     return found
+
+
+def _measure_groups(
+    make: Callable[[Sequence[Fusion]], Plan],
+    groups: Sequence[Fusion],
+    names: dict[Fusion, str],
+    chosen: dict[str, dict],
+    sample: Sequence[torch.Tensor],
+) -> dict[str, dict]:
+    """Times each group layer by layer and depth first: all of it, or up to the depthwise layer."""
+    ways: list[dict] = [{"strip": 0}]
+    for strip in STRIPS:
+        ways.append({"strip": strip})
+        ways.append({"strip": strip, "project": None})
+    plans = []
+    for way in ways:
+        fusions = [replace(group, **way) for group in groups] if way["strip"] else []
+        plans.append(make([fusion for fusion in fusions if len(fusion.members) > 1]))
+        use(plans[-1], chosen)
+    totals: dict[tuple[Fusion, int], list[float]] = {}
+    for turn, runs in _profiles([build(plan) for plan in plans], sample):
+        where = {step.writes: i for i, step in enumerate(plans[turn].steps)}
+        for group in groups:
+            at = [where[name] for name in group.members if name in where]
+            for run in runs:
+                totals.setdefault((group, turn), []).append(sum(run[i] for i in at))
+    found = {}
+    for group in groups:
+        medians = [statistics.median(totals[group, i]) / 1e3 for i in range(len(ways))]
+        best = ways[min(range(len(ways)), key=medians.__getitem__)]
+        labels = [_way_name(way) for way in ways]
+        found[names[group]] = {
+            "how": best,
+            "us": {label: round(us, 2) for label, us in zip(labels, medians, strict=True)},
+        }
+    return found
+
+
+def _way_name(way: dict) -> str:
+    if not way["strip"]:
+        return "layer by layer"
+    return f"strips of {way['strip']}" + (", without the last" if "project" in way else "")
+
+
+def group_signature(plan: Plan, group: Fusion) -> str:
+    """As `signature`, of a group whose layers are apart in this plan."""
+    steps = [step for step in plan.steps if step.writes in group.members]
+    return "group: " + ", ".join(signature(plan, step) for step in steps)
+
+
+def _profiles(
+    programs: Sequence[dass_kernels.Program], sample: Sequence[torch.Tensor]
+) -> Iterator[tuple[int, list[list[float]]]]:
+    """(which program, nanoseconds of its steps in some runs), the programs in turn, on one thread."""
+    with _one_thread():
+        begin = time.perf_counter()
+        for done in range(ROUNDS):
+            if done and time.perf_counter() - begin > MOST_SECONDS:
+                return
+            for turn, program in enumerate(programs):
+                first = time.perf_counter()
+                program.run(sample)
+                runs = [program.profile(sample)]
+                while len(runs) < RUNS and time.perf_counter() - first < TURN_SECONDS:
+                    runs.append(program.profile(sample))
+                yield turn, runs
 
 
 def build(plan: Plan) -> dass_kernels.Program:
