@@ -43,7 +43,7 @@ def lively(model):
 def small(name):
     """A network of the zoo, thin and with few cells, and an input's shape."""
     darts = dass.zoo.NETWORKS[name].module == "darts"
-    options = {"layers": 3, "channels": 4} if darts else {"width": 0.25}
+    options = {"layers": 3, "channels": 4} if darts else {"width": 0.125}
     torch.manual_seed(0)
     side = 16 if darts or dass.zoo.input_shape(name)[1] == 32 else 40
     return lively(dass.zoo.create(name, num_classes=10, **options)), (3, side, side)
