@@ -110,7 +110,7 @@ def change(graph: Graph, name: str, **fields) -> Graph:
 
 
 def check(graph: Graph) -> None:
-    """Names, order and shapes hold together, and weights fit."""
+    """Names and order hold together, and every node gives the shape that it names."""
     shapes = {}
     for node in graph:
         assert node.name not in shapes

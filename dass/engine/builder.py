@@ -138,7 +138,8 @@ class Builder:
         """Leaves zeros around the picture, or a crop, to whoever reads it."""
         value = value if len(value.shape) == 3 else self.picture(node, value)
         crossed = any(old < 0 < new for old, new in zip(value.padding, padding, strict=True))
-        if value.step != (1, 1) or crossed:
+        stepped = [step != 1 for step in value.step for _ in range(2)]
+        if crossed or any(new for new, after in zip(padding, stepped, strict=True) if after):
             value = self.plain(node, value)
         total = tuple(old + new for old, new in zip(value.padding, padding, strict=True))
         return replace(value, padding=total)

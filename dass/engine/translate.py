@@ -236,7 +236,8 @@ def _slice(b, node, x, dim=0, start=None, end=None, step=1) -> Value:
         return replace(x, channels=channels[start:end:step])
     sides = (-start, end - logical[dim - 1])
     x = b.pad(node, x, (*sides, 0, 0) if dim == 2 else (0, 0, *sides))
-    return replace(x, step=(step, x.step[1]) if dim == 2 else (x.step[0], step))
+    high, wide = x.step
+    return replace(x, step=(high * step, wide) if dim == 2 else (high, wide * step))
 
 
 def _pad(b, node, x, pad, mode="constant", value=None) -> Value:

@@ -37,7 +37,8 @@ def avg_pool2d(
     counts = count_include_pad
     if divisor_override:
         counts = True
-        scale = torch.full((shape[0],), kernel[0] * kernel[1] / divisor_override).double()
+        factor = kernel[0] * kernel[1] / divisor_override
+        scale = torch.full((shape[0],), factor, dtype=torch.float64)
         bias = torch.zeros_like(scale)
     elif counts and sides != symmetric:
         # The overhang of ceil_mode is never counted; with padding besides, neither rule holds.
