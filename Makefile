@@ -12,7 +12,7 @@ ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-CHECKED_CXX := $(CXX_FILES) $(wildcard tests/native/*.h tests/native/*.cpp)
+CHECKED_CXX := $(CXX_FILES) $(shell find tests/native -name '*.h' -o -name '*.cpp')
 ASAN_TREE := build/asan-tree
 KERNEL_CHECKS := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DCMAKE_BUILD_TYPE=None \
   -DDASS_KERNEL_CHECKS=ON -S .

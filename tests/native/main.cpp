@@ -1,8 +1,8 @@
-// Checks every kernel of the tables that this processor can run, without torch:
+// Checks every kernel of the tables that this processor can run, and the ops on them, without torch:
 //
 //     check_kernels [ISA ...]
 //
-// prints per instruction set how many kernels and values were compared; at the first wrong value, write
+// prints per instruction set how many kernels, ops and values were compared; at the first wrong value, write
 // out of bounds or crash it names the kernel and exits with 1.
 #include <csignal>
 #include <cstddef>
@@ -43,14 +43,21 @@ int64_t check_table(const dass::Kernels<T>& kernels, const std::string& name) {
   return done;
 }
 
+template <class T>
+int64_t check_ops(const std::string& name) {
+  return check_convolutions<T>(name) + check_linears<T>(name);
+}
+
 int run(std::vector<std::string> isas) {
   if (isas.empty()) isas = dass::available_isas();
   for (const std::string& isa : isas) {
     const dass::KernelTable& table = dass::table_named(isa);
     const int64_t before = count();
     const int64_t kernels = check_table(table.f32, isa + " f32") + check_table(table.f64, isa + " f64");
-    std::printf("%s: %lld kernels right, %lld values compared\n", isa.c_str(), static_cast<long long>(kernels),
-                static_cast<long long>(count() - before));
+    dass::set_isa(isa);
+    const int64_t ops = check_ops<float>(isa + " f32") + check_ops<double>(isa + " f64");
+    std::printf("%s: %lld kernels and %lld ops right, %lld values compared\n", isa.c_str(),
+                static_cast<long long>(kernels), static_cast<long long>(ops), static_cast<long long>(count() - before));
   }
   return 0;
 }

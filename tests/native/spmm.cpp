@@ -140,10 +140,8 @@ void check_row(const Problem<T>& p, const Stores& s, const Case<T>& c, const Gua
       if (c.bias) sum.add((*p.bias)[row]);
       if (c.residual) sum.add(residual[at]);
       for (int32_t i = p.rows.indptr[block]; i < p.rows.indptr[block + 1]; ++i)
-        sum.add(static_cast<double>((*p.values)[i * p.block + row % p.block]) *
-                x[p.starts[p.rows.columns[i]] + p.pixel(v, lane)]);
-      const int64_t length = p.rows.indptr[block + 1] - p.rows.indptr[block];
-      expect(y[at], activated(sum.value, c.activation), forward_bound<T>(sum, length, c.activation), "output", at);
+        sum.add((*p.values)[i * p.block + row % p.block], x[p.starts[p.rows.columns[i]] + p.pixel(v, lane)]);
+      expect(y[at], activated(sum.value, c.activation), forward_bound<T>(sum, c.activation), "output", at);
       written[at - row * ldy] = true;
     }
   for (int64_t i = 0; i < ldy && row * ldy + i < y.size(); ++i)
