@@ -12,12 +12,15 @@ ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CHECKED_CXX := $(CXX_FILES) $(shell find tests/native -name '*.h' -o -name '*.cpp')
 ASAN_TREE := build/asan-tree
+KERNEL_CHECKS := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DCMAKE_BUILD_TYPE=None \
+  -DDASS_KERNEL_CHECKS=ON -S .
 
-.PHONY: help install demo test test-full test-asan bench lint fmt clean
+.PHONY: help install demo test test-full test-asan test-native test-neon bench lint fmt clean
 
 help:
-	@echo "make demo | test | test-full | test-asan | bench | lint | fmt | install | clean"
+	@echo "make demo | test | test-full | test-asan | test-native | test-neon | bench | lint | fmt | install | clean"
 
 # The environment: torch first, so that nothing else chooses it.
 $(VENV)/.tools: requirements-dev.txt
@@ -55,19 +58,35 @@ test-asan: $(VENV)/.built
 	  $(BIN)/python -m pytest -m "not slow" --capture=sys -p no:faulthandler \
 	  $$(grep -l dass_kernels tests/test_*.py) $(ARGS)
 
+# Every kernel of this processor's tables in a program of its own, without torch.
+test-native: $(VENV)/.tools
+	$(KERNEL_CHECKS) -B build/native
+	$(BIN)/cmake --build build/native
+	build/native/check_kernels $(ARGS)
+
+# The same for NEON, cross-compiled and emulated: a Cortex-A53 has the first version of the
+# instruction set and nothing that came later.
+test-neon: $(VENV)/.tools
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || \
+	  { echo "$$tool is missing: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	$(KERNEL_CHECKS) -B build/neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	$(BIN)/cmake --build build/neon
+	qemu-aarch64 -cpu cortex-a53 build/neon/check_kernels $(ARGS)
+
 bench: $(VENV)/.built
 	$(BIN)/python -m bench $(ARGS)
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(CHECKED_CXX)
 	$(BIN)/python scripts/check_arrows.py
 
 fmt: $(VENV)/.tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(CHECKED_CXX)
 
 # All that is built; the environment stays (rm -r $(VENV) removes it).
 clean:

@@ -169,22 +169,82 @@ DASS_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) { return {_mm256
 DASS_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) { return {_mm256_max_pd(a.r, b.r)}; }
 DASS_INLINE Vec<double> vmin(Vec<double> a, Vec<double> b) { return {_mm256_min_pd(a.r, b.r)}; }
 
-#else  // scalar and NEON share the array form; NEON's registers replace float[4] and double[2].
+#elif defined(DASS_ISA_NEON)
+
+template <>
+struct Vec<float> {
+  static constexpr int lanes = 4;
+  float32x4_t r;
+  static DASS_INLINE Vec set1(float v) { return {vdupq_n_f32(v)}; }
+  static DASS_INLINE Vec zero() { return set1(0.0f); }
+  static DASS_INLINE Vec load(const float* p) { return {vld1q_f32(p)}; }
+  static DASS_INLINE Vec load_n(const float* p, int n) {
+    float in[lanes] = {};
+    for (int lane = 0; lane < n; ++lane) in[lane] = p[lane];
+    return load(in);
+  }
+  DASS_INLINE void store(float* p) const { vst1q_f32(p, r); }
+  DASS_INLINE void store_n(float* p, int n) const {
+    float out[lanes];
+    store(out);
+    for (int lane = 0; lane < n; ++lane) p[lane] = out[lane];
+  }
+  DASS_INLINE Vec compress(uint32_t mask) const {
+    float in[lanes], out[lanes] = {};
+    store(in);
+    for (int lane = 0, n = 0; lane < lanes; ++lane)
+      if (mask >> lane & 1u) out[n++] = in[lane];
+    return load(out);
+  }
+  DASS_INLINE void fma(Vec a, Vec b) { r = vfmaq_f32(r, a.r, b.r); }
+  DASS_INLINE float sum() const { return vaddvq_f32(r); }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int lanes = 2;
+  float64x2_t r;
+  static DASS_INLINE Vec set1(double v) { return {vdupq_n_f64(v)}; }
+  static DASS_INLINE Vec zero() { return set1(0.0); }
+  static DASS_INLINE Vec load(const double* p) { return {vld1q_f64(p)}; }
+  static DASS_INLINE Vec load_n(const double* p, int n) {
+    double in[lanes] = {};
+    for (int lane = 0; lane < n; ++lane) in[lane] = p[lane];
+    return load(in);
+  }
+  DASS_INLINE void store(double* p) const { vst1q_f64(p, r); }
+  DASS_INLINE void store_n(double* p, int n) const {
+    double out[lanes];
+    store(out);
+    for (int lane = 0; lane < n; ++lane) p[lane] = out[lane];
+  }
+  DASS_INLINE Vec compress(uint32_t mask) const {
+    double in[lanes], out[lanes] = {};
+    store(in);
+    for (int lane = 0, n = 0; lane < lanes; ++lane)
+      if (mask >> lane & 1u) out[n++] = in[lane];
+    return load(out);
+  }
+  DASS_INLINE void fma(Vec a, Vec b) { r = vfmaq_f64(r, a.r, b.r); }
+  DASS_INLINE double sum() const { return vaddvq_f64(r); }
+};
+
+DASS_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return {vaddq_f32(a.r, b.r)}; }
+DASS_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) { return {vmulq_f32(a.r, b.r)}; }
+DASS_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) { return {vmaxq_f32(a.r, b.r)}; }
+DASS_INLINE Vec<float> vmin(Vec<float> a, Vec<float> b) { return {vminq_f32(a.r, b.r)}; }
+DASS_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) { return {vaddq_f64(a.r, b.r)}; }
+DASS_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) { return {vmulq_f64(a.r, b.r)}; }
+DASS_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) { return {vmaxq_f64(a.r, b.r)}; }
+DASS_INLINE Vec<double> vmin(Vec<double> a, Vec<double> b) { return {vminq_f64(a.r, b.r)}; }
+
+#else  // scalar
 
 // `lanes` independent elements; the compiler may keep them in whatever baseline registers exist.
 template <class T>
 struct Vec {
   static constexpr int lanes = 16 / sizeof(T);
-#if defined(DASS_ISA_NEON)
-  typedef T Reg __attribute__((vector_size(16)));
-#else
-  struct Reg {
-    T v[lanes];
-    DASS_INLINE T& operator[](int i) { return v[i]; }
-    DASS_INLINE const T& operator[](int i) const { return v[i]; }
-  };
-#endif
-  Reg r;
+  T r[lanes];
   template <class F>
   static DASS_INLINE Vec make(F f) {
     Vec out;
@@ -226,14 +286,7 @@ struct Vec {
     return make([&](int i) { return 2 * i < lanes ? a.r[2 * i + first] : b.r[2 * i + first - lanes]; });
   }
   DASS_INLINE void fma(Vec a, Vec b) {
-#if defined(DASS_ISA_NEON)
-    if constexpr (sizeof(T) == 4)
-      r = (Reg)vfmaq_f32((float32x4_t)r, (float32x4_t)a.r, (float32x4_t)b.r);
-    else
-      r = (Reg)vfmaq_f64((float64x2_t)r, (float64x2_t)a.r, (float64x2_t)b.r);
-#else
     for (int i = 0; i < lanes; ++i) r[i] += a.r[i] * b.r[i];
-#endif
   }
   DASS_INLINE T sum() const {
     T s = r[0];
