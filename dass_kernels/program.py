@@ -1,4 +1,4 @@
-"""Compiled networks: a list of steps that runs in one call. See csrc/program/step.h for the steps."""
+"""Compiled networks: steps that run in one call; csrc/program/step.h says which there are."""
 
 from __future__ import annotations
 

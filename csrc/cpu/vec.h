@@ -196,6 +196,14 @@ struct Vec<float> {
       if (mask >> lane & 1u) out[n++] = in[lane];
     return load(out);
   }
+  DASS_INLINE Vec keep(uint32_t mask) const {
+    const uint32_t bit[lanes] = {1, 2, 4, 8};
+    const uint32x4_t kept = vtstq_u32(vdupq_n_u32(mask), vld1q_u32(bit));
+    return {vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(r), kept))};
+  }
+  static DASS_INLINE Vec even(Vec a, Vec b) { return {vuzp1q_f32(a.r, b.r)}; }
+  static DASS_INLINE Vec odd(Vec a, Vec b) { return {vuzp2q_f32(a.r, b.r)}; }
+  static DASS_INLINE Vec shift_in(Vec a, float next) { return {vextq_f32(a.r, vdupq_n_f32(next), 1)}; }
   DASS_INLINE void fma(Vec a, Vec b) { r = vfmaq_f32(r, a.r, b.r); }
   DASS_INLINE float sum() const { return vaddvq_f32(r); }
 };
@@ -224,6 +232,11 @@ struct Vec<double> {
     for (int lane = 0, n = 0; lane < lanes; ++lane)
       if (mask >> lane & 1u) out[n++] = in[lane];
     return load(out);
+  }
+  DASS_INLINE Vec keep(uint32_t mask) const {
+    const uint64_t bit[lanes] = {1, 2};
+    const uint64x2_t kept = vtstq_u64(vdupq_n_u64(mask), vld1q_u64(bit));
+    return {vreinterpretq_f64_u64(vandq_u64(vreinterpretq_u64_f64(r), kept))};
   }
   DASS_INLINE void fma(Vec a, Vec b) { r = vfmaq_f64(r, a.r, b.r); }
   DASS_INLINE double sum() const { return vaddvq_f64(r); }
@@ -274,8 +287,7 @@ struct Vec {
     return out;
   }
   DASS_INLINE Vec keep(uint32_t mask) const {
-    const Reg& from = r;
-    return make([&](int i) { return mask >> i & 1u ? from[i] : T(0); });
+    return make([&](int i) { return mask >> i & 1u ? r[i] : T(0); });
   }
   static DASS_INLINE Vec even(Vec a, Vec b) { return every_other(a, b, 0); }
   static DASS_INLINE Vec odd(Vec a, Vec b) { return every_other(a, b, 1); }

@@ -16,8 +16,9 @@ from dass.engine import tuning
 from dass.engine.capture import capture
 from dass.engine.depth_first import Fusion, groups
 from dass.engine.passes import Report, simplify
-from dass.engine.plan import Plan, make_plan, suits_depthwise
+from dass.engine.plan import make_plan
 from dass.engine.segments import Segment, cut
+from dass.engine.steps import Plan, suits_depthwise
 
 PRECISIONS = ("fp32",)
 

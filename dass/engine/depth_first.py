@@ -26,7 +26,7 @@ class Fusion:
 
 
 def groups(graph: g.Graph, suits) -> list[Fusion]:
-    """The longest group around each depthwise layer that ``suits``, no two with a layer in common."""
+    """The longest group around each depthwise layer that ``suits``; no layer is in two."""
     nodes, readers = {node.name: node for node in graph}, graph.readers()
     taken: set[str] = set()
     found = []

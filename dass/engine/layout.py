@@ -1,7 +1,7 @@
 """Where each tensor of a network lies: pitch of rows, zeros around planes, offsets in one arena.
 
 A picture of one image is a set of planes with zeros around them, which serve as the padding of
-convolutions. With ``pixel`` images side by side, the batch is innermost and an element is a register.
+convolutions. With ``pixel`` images side by side, the batch is innermost: an element is a register.
 Convolutions of stride 1 run over a plane as over one long row, so their input, output and residual
 need one pitch; elsewhere pitches are free.
 """
@@ -98,7 +98,7 @@ class Layout:
         pad = self._pads[root]
         widest = max(self.shapes[n][2] for n in self._parent if self._root(n) == root)
         pitch = widest + pad
-        # Kernels that go row by row store whole registers: the last row's must not reach the next plane.
+        # Some kernels store whole registers: the last row's must not reach the next plane.
         last = (rows - 1) * pitch * self.pixel + _up(columns * self.pixel)
         floats = _up(max(last, (rows + pad) * pitch * self.pixel))
         return Place(channels, rows, columns, _spread(floats), pitch, pad, self.pixel)

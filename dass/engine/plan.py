@@ -1,13 +1,12 @@
 """From a graph to the steps of a program: geometry, offsets of every weight, memory.
 
-plan = make_plan(graph, batch, lanes)
-program = dass_kernels.Program(plan.images, plan.arena, plan.apart, plan.steps)
+plan = make_plan(graph, pixel=1)
+program = dass_kernels.Program(plan.images, plan.arena, plan.apart, plan.described())
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -15,81 +14,21 @@ from torch import Tensor
 from dass.engine import graph as g
 from dass.engine.depth_first import Fusion
 from dass.engine.layout import Layout, Place, assign_offsets, tensor, vector
-
-ACTIVATION_CODES = {
-    None: 0, "relu": 1, "relu6": 2, "hardswish": 3, "hardsigmoid": 4, "sigmoid": 5, "silu": 6,
-}  # fmt: skip
-# Those that the kernels of products know.
-SIMPLE_ACTIVATIONS = (None, "relu", "relu6", "hardswish")
-COMBINE = {"copy": 0, "add": 1, "mul": 2, "mul_channel": 3}
-# A depthwise layer with fewer of its weights than this runs as sparse rows.
-DEPTHWISE_LEAST = 0.35
-# A linear layer with fewer of its weights than this is stored as a bit mask and values.
-GEMV_MOST = 0.5
-
-
-@dataclass
-class Step:
-    """One step of a program and what people want to know of it.
-
-    kind, fields: what C++ makes it from. reads: key -> name of a place; writes: the one of "y".
-    source: of the nodes it came from. macs: multiply-adds of one image, zeros counted; nonzeros: of
-    its weights. inner: the steps that a fused one is made of, by role.
-    """
-
-    kind: str
-    reads: dict[str, str]
-    writes: str
-    fields: dict
-    source: str
-    macs: int = 0
-    nonzeros: int = 0
-    note: str = ""
-    inner: dict[str, Step] = field(default_factory=dict)
-
-    def parts(self) -> list[Step]:
-        """Itself, or what it is made of."""
-        return list(self.inner.values()) or [self]
-
-
-@dataclass
-class Plan:
-    """A program before it is built.
-
-    images: per pass. apart: floats from image to image of each tensor of the call.
-    """
-
-    images: int
-    steps: list[Step]
-    places: dict[str, Place] = field(default_factory=dict)
-    apart: list[int] = field(default_factory=list)
-    arena: int = 0
-
-    def described(self) -> list[dict]:
-        """The steps as dicts for :class:`dass_kernels.Program`."""
-        return [self._described(step) for step in self.steps]
-
-    def _described(self, step: Step) -> dict:
-        places = {key: asdict(self.places[name]) for key, name in step.reads.items()}
-        places["y"] = asdict(self.places[step.writes])
-        inner = {key: self._described(part) for key, part in step.inner.items()}
-        return {"kind": step.kind, **places, **step.fields, **inner}
-
-
-@dataclass
-class Offsets:
-    """Where the entries of a product's rows find their pixels, before places are known.
-
-    taps: place -> floats from its start, [channels, kh, kw]. channel, tap: of each entry.
-    """
-
-    taps: Callable[[Place], np.ndarray]
-    channel: np.ndarray
-    tap: np.ndarray
-
-    def resolve(self, place: Place) -> np.ndarray:
-        table = self.taps(place)
-        return table.reshape(len(table), -1)[self.channel, self.tap].astype(np.int32)
+from dass.engine.steps import (
+    ACTIVATION_CODES,
+    COMBINE,
+    GEMV_MOST,
+    SIMPLE_ACTIVATIONS,
+    Plan,
+    Step,
+    depthwise_step,
+    floats,
+    offsets_of,
+    pointwise_taps,
+    reach,
+    rows_step,
+    suits_depthwise,
+)
 
 
 class _Planner:
@@ -205,7 +144,8 @@ class _Planner:
             "map", reads, writes,
             {
                 "combine": COMBINE[combine], "channels": empty, "shift_h": empty, "shift_w": empty,
-                "stride_h": 1, "stride_w": 1, "scale": _floats(None), "bias": _floats(None), "activation": 0,
+                "stride_h": 1, "stride_w": 1, "activation": 0,
+                "scale": floats(None), "bias": floats(None),
                 **fields,
             },
             source, note=note,
@@ -228,7 +168,7 @@ class _Planner:
     def _depthwise(self, node: g.Conv) -> None:
         x = self._picture(node.inputs[0])
         self.layout.need(x, reach(node, self._shape(x)))
-        self.steps.append(_depthwise_step(node, x, node.name))
+        self.steps.append(depthwise_step(node, x, node.name))
 
     def _fused(self, fusion: Fusion) -> None:
         """[1x1 ->] depthwise [-> 1x1] as one step; what lies between is scratch."""
@@ -242,17 +182,17 @@ class _Planner:
             hidden[0] if fusion.expand else x,
             hidden[1] if fusion.project else last.name,
         )
-        inner = {"depthwise": _depthwise_step(middle, source, target)}
+        inner = {"depthwise": depthwise_step(middle, source, target)}
         reads = {"x": x}
         if fusion.expand:
-            inner["expand"] = self._rows_step(first, {"x": x}, source, _pointwise_taps(first))
+            inner["expand"] = rows_step(first, {"x": x}, source, pointwise_taps(first))
         if fusion.project:
             if len(last.inputs) > 1:
                 reads["residual"] = self._picture(last.inputs[1])
                 self._link(reads["residual"], last.name)
             rest = {key: name for key, name in reads.items() if key != "x"}
-            inner["project"] = self._rows_step(
-                last, {"x": target, **rest}, last.name, _pointwise_taps(last)
+            inner["project"] = rows_step(
+                last, {"x": target, **rest}, last.name, pointwise_taps(last)
             )
         self.scratch.append((fusion, x, last.name))
         parts = inner.values()
@@ -260,7 +200,8 @@ class _Planner:
             Step(
                 "fused", reads, last.name, {"strip": fusion.strip},
                 " > ".join(self.nodes[name].source for name in fusion.members),
-                macs=sum(part.macs for part in parts), nonzeros=sum(part.nonzeros for part in parts),
+                macs=sum(part.macs for part in parts),
+                nonzeros=sum(part.nonzeros for part in parts),
                 inner=inner,
             )
         )  # fmt: skip
@@ -283,7 +224,7 @@ class _Planner:
             places[f"{node.name} out"] = Place(*node.shape, room, after.pitch)
 
     def _taps(self, node: g.Conv) -> tuple[str, Callable[[Place], np.ndarray]]:
-        """The picture a convolution reads, and floats from its start for [I, kh, kw], once it is placed."""
+        """The picture a convolution reads, and floats from its start, [I, kh, kw], of a place."""
         x = node.inputs[0]
         _, rows, columns = self._shape(x)
         kh, kw = node.weight.shape[2:]
@@ -294,7 +235,7 @@ class _Planner:
         if node.stride == (1, 1) and (same or self.pixel > 1) and self.pixel >= 1:
             x = self._picture(x)
             self.layout.need(x, reach(node, (0, rows, columns)))
-            return x, lambda p: _offsets(p, channels, dy, dx)
+            return x, lambda p: offsets_of(p, channels, dy, dx)
         sh, sw = node.stride
         x, phases = self._split(node, dy, dx)
         index = np.array([[phases[(a, b)] for b in dx % sw] for a in dy % sh])
@@ -333,30 +274,10 @@ class _Planner:
         return split, index
 
     def _rows(self, node: g.Conv, reads: dict, taps: Callable[[Place], np.ndarray]) -> None:
-        self.steps.append(self._rows_step(node, reads, node.name, taps))
+        self.steps.append(rows_step(node, reads, node.name, taps))
         if node.activation not in SIMPLE_ACTIVATIONS:
             code = ACTIVATION_CODES[node.activation]
             self._map({"x": node.name}, node.name, node.source, activation=code)
-
-    def _rows_step(
-        self, node: g.Conv, reads: dict, writes: str, taps: Callable[[Place], np.ndarray]
-    ) -> Step:
-        outputs, per_group = node.weight.shape[:2]
-        weight = node.weight.numpy().reshape(outputs, -1)
-        kernel = weight.shape[1] // per_group
-        row, column = np.nonzero(weight)
-        starts = np.cumsum(np.bincount(row, minlength=outputs))
-        simple = node.activation in SIMPLE_ACTIVATIONS
-        fields = {
-            "indptr": np.concatenate([[0], starts]).astype(np.int32),
-            "offsets": Offsets(taps, column // kernel + row // (outputs // node.groups) * per_group, column % kernel),
-            "values": weight[row, column].astype(np.float32),
-            "bias": _floats(node.bias),
-            "activation": ACTIVATION_CODES[node.activation if simple else None],
-            "emitted": False, "height": 28, "vectors": 8, "chunk": 0,
-        }  # fmt: skip
-        macs = node.weight.numel() * node.shape[1] * node.shape[2]
-        return Step("rows", reads, writes, fields, node.source, macs=macs, nonzeros=len(row))
 
     def _linear(self, node: g.Linear) -> None:
         self._matrix(node, node.weight, node.bias, node.activation)
@@ -372,9 +293,10 @@ class _Planner:
             )  # fmt: skip
             channels = np.arange(weight.shape[1])
             zero = np.zeros(1, int)
-            return self._rows(conv, {"x": x}, lambda p: _offsets(p, channels, zero, zero))
+            return self._rows(conv, {"x": x}, lambda p: offsets_of(p, channels, zero, zero))
         fields = {
-            "weights": _floats(weight), "bias": _floats(bias), "activation": ACTIVATION_CODES[activation],
+            "weights": floats(weight), "bias": floats(bias),
+            "activation": ACTIVATION_CODES[activation],
             "sparse": self.sparse_gemv
             and activation in SIMPLE_ACTIVATIONS
             and nonzeros < GEMV_MOST * weight.numel(),
@@ -389,7 +311,7 @@ class _Planner:
             "top": node.padding[0], "bottom": node.padding[1],
             "left": node.padding[2], "right": node.padding[3],
             "dilation_h": node.dilation[0], "dilation_w": node.dilation[1],
-            "scale": _floats(node.scale), "bias": _floats(node.bias),
+            "scale": floats(node.scale), "bias": floats(node.bias),
             "activation": ACTIVATION_CODES[node.activation],
         }  # fmt: skip
         macs = int(np.prod(node.shape) * np.prod(node.kernel))
@@ -413,7 +335,7 @@ class _Planner:
 
     def _affine(self, node: g.Affine) -> None:
         code = ACTIVATION_CODES[node.activation]
-        scale, bias = _floats(node.scale), _floats(node.bias)
+        scale, bias = floats(node.scale), floats(node.bias)
         x = self._picture(node.inputs[0])
         self._map({"x": x}, node.name, node.source, scale=scale, bias=bias, activation=code)
 
@@ -513,57 +435,3 @@ def make_plan(
     run depth first (planes of one image only).
     """
     return _Planner(graph, pixel, sparse_gemv, tuple(fusions)).plan()
-
-
-def suits_depthwise(node: g.Conv, pixel: int) -> bool:
-    """Whether the dense depthwise kernels take it, and it has weights enough for them."""
-    kh, kw = node.weight.shape[2:]
-    return (
-        node.is_depthwise
-        and len(node.inputs) == 1
-        and kh == kw in (3, 5, 7)
-        and (pixel > 1 or node.stride[1] in (1, 2))
-        and min(node.padding) >= 0
-        and node.activation in SIMPLE_ACTIVATIONS
-        and float((node.weight != 0).float().mean()) >= DEPTHWISE_LEAST
-    )
-
-
-def _depthwise_step(node: g.Conv, x: str, y: str) -> Step:
-    fields = {
-        "kernel": node.weight.shape[2], "stride_h": node.stride[0], "stride_w": node.stride[1],
-        "top": node.padding[0], "left": node.padding[2],
-        "dilation_h": node.dilation[0], "dilation_w": node.dilation[1],
-        "weights": _floats(node.weight), "bias": _floats(node.bias),
-        "activation": ACTIVATION_CODES[node.activation], "emitted": True,
-    }  # fmt: skip
-    macs = node.weight.numel() * node.shape[1] * node.shape[2]
-    nonzeros = int((node.weight != 0).sum())
-    return Step("depthwise", {"x": x}, y, fields, node.source, macs=macs, nonzeros=nonzeros)
-
-
-def _pointwise_taps(node: g.Conv) -> Callable[[Place], np.ndarray]:
-    channels, zero = np.arange(node.weight.shape[1]), np.zeros(1, int)
-    return lambda p: _offsets(p, channels, zero, zero)
-
-
-def _floats(values: Tensor | None) -> np.ndarray:
-    if values is None:
-        return np.zeros(0, np.float32)
-    return np.ascontiguousarray(values.detach().numpy().reshape(-1), np.float32)
-
-
-def _offsets(p: Place, channels: np.ndarray, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
-    """Floats from a picture's start, [I, kh, kw]."""
-    return channels[:, None, None] * p.channel + (dy[:, None] * p.pitch + dx) * p.pixel
-
-
-def reach(node: g.Conv, shape: tuple[int, int, int]) -> int:
-    """How many zeros around its input a convolution reads."""
-    found = 0
-    for axis in (0, 1):
-        before = node.padding[2 * axis]
-        span = (node.weight.shape[2 + axis] - 1) * node.dilation[axis]
-        last = (node.shape[1 + axis] - 1) * node.stride[axis] + span - before
-        found = max(found, before, last - (shape[1 + axis] - 1))
-    return found

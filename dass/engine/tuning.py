@@ -20,7 +20,7 @@ import torch
 
 import dass_kernels
 from dass.engine.depth_first import Fusion
-from dass.engine.plan import Plan, Step
+from dass.engine.steps import Plan, Step
 from dass.timing import machine_facts
 
 VERSION = 1  # of the kernels' behaviour: what an older one measured is not read
@@ -138,7 +138,7 @@ def choose(
 
 
 def use(plan: Plan, chosen: dict[str, dict]) -> None:
-    """Sets the kernels of a plan, the default where none was chosen. Strips are their own chunks."""
+    """Sets the kernels of a plan, the default where none was chosen; strips are chunks enough."""
     for step in plan.steps:
         for part in step.parts():
             if part.kind != "rows":
@@ -230,7 +230,7 @@ def group_signature(plan: Plan, group: Fusion) -> str:
 def _profiles(
     programs: Sequence[dass_kernels.Program], sample: Sequence[torch.Tensor]
 ) -> Iterator[tuple[int, list[list[float]]]]:
-    """(which program, nanoseconds of its steps in some runs), the programs in turn, on one thread."""
+    """(program, nanoseconds of its steps in some runs), the programs in turn, on one thread."""
     with _one_thread():
         begin = time.perf_counter()
         for done in range(ROUNDS):
@@ -286,7 +286,7 @@ def _read(path: Path | None) -> dict[str, dict]:
 
 
 def _write(path: Path | None, measured: dict[str, dict]) -> None:
-    """Adds to the file, whole or not at all; a folder that cannot be written is no reason to fail."""
+    """Adds to the file, whole or not at all. A folder that cannot be written is no failure."""
     if path is None:
         return
     try:
