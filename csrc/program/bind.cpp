@@ -48,7 +48,8 @@ RowsSpec rows(const py::dict& d) {
   s.values = array<float>(d, "values");
   s.bias = array<float>(d, "bias");
   s.activation = activation(d);
-  s.kernel = {get<bool>(d, "emitted"), integer(d, "height"), integer(d, "vectors"), integer(d, "chunk")};
+  s.kernel = {get<bool>(d, "emitted"), integer(d, "height"), integer(d, "vectors"), integer(d, "chunk"),
+              integer(d, "depth")};
   return s;
 }
 

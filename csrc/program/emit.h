@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "../cpu/kernels.h"
 
@@ -10,10 +11,13 @@ namespace dass {
 
 struct SparseRows;
 
-// `height` outputs x `vectors` vectors of pixels are summed in registers at a time.
+// `height` outputs x `vectors` vectors of pixels are summed in registers at a time. Entries are done in
+// stages, those whose offsets are below the first of `cuts` first: what a stage reads stays in L1 while
+// all rows pass over it, and sums wait in memory in between.
 struct EmitTile {
   int height;
   int vectors;
+  std::vector<int32_t> cuts;
 };
 
 class EmittedRows {
@@ -46,7 +50,7 @@ class EmittedDepthwise {
 const char* emit_unavailable();
 
 // Null if emitting is not possible for these rows.
-std::unique_ptr<EmittedRows> emit_rows(const SparseRows& rows, EmitTile tile);
+std::unique_ptr<EmittedRows> emit_rows(const SparseRows& rows, const EmitTile& tile);
 std::unique_ptr<EmittedDepthwise> emit_depthwise(const EmitDepthwise& geometry);
 
 }  // namespace dass

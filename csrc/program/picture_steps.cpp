@@ -86,7 +86,7 @@ class PoolStep : public Step {
     a.by_column = by_column_.data();
     a.scale = s_.scale.empty() ? nullptr : s_.scale.data() + first;
     a.bias = s_.bias.empty() ? nullptr : s_.bias.data() + first;
-    a.scratch = scratch_floats(0, scratch_);
+    a.scratch = scratch_floats(kHiddenScratch, scratch_);
     a.scratch_floats = scratch_;
     a.activation = s_.activation;
     fn_(a);

@@ -75,8 +75,12 @@ void Blocks::add_pixels(const Place& x, const Place& y) {
 RowsRunner::RowsRunner(const RowsSpec& spec, RowsKernel kernel, bool sort)
     : kernel_(kernel), table_(active_table()), lanes_(table_.f32.lanes) {
   rows_ = ordered_rows(spec, sort && !kernel.emitted);
+  const int64_t before = (spec.x.pad * spec.x.pitch + spec.x.pad) * spec.x.pixel;
+  if (kernel_.depth)
+    for (int64_t c = kernel_.depth; c < spec.x.channels; c += kernel_.depth)
+      cuts_.push_back(static_cast<int32_t>(c * spec.x.channel - before));
   if (kernel_.emitted) {
-    emitted_ = emit_rows(rows_, {static_cast<int>(kernel_.height), static_cast<int>(kernel_.vectors)});
+    emitted_ = emit_rows(rows_, {static_cast<int>(kernel_.height), static_cast<int>(kernel_.vectors), cuts_});
     if (!emitted_) {
       rows_ = ordered_rows(spec, sort);
       kernel_.emitted = false;
@@ -120,13 +124,23 @@ void RowsRunner::run_templates(int64_t row, int64_t end, const float* x, float* 
   t.residual = residual ? residual + block[1] : nullptr;
   t.masks = reinterpret_cast<const uint32_t*>(block + 2);
   t.gap = t.out_gap = first_run(static_cast<int>(kernel_.vectors)) * lanes_;
-  table_.f32.spmm[kDirect][0][kernel_.vectors - 1](t);
+  if (cuts_.empty()) return table_.f32.spmm[kDirect][0][kernel_.vectors - 1](t);
+  const int64_t rows = end - row, floats = kernel_.vectors * lanes_;
+  t.partial = scratch_floats(kPartialScratch, rows * (floats + 1));
+  t.cursors = reinterpret_cast<int32_t*>(t.partial + rows * floats);
+  for (size_t stage = 0; stage <= cuts_.size(); ++stage) {
+    t.first = stage == 0;
+    t.last = stage == cuts_.size();
+    t.limit = t.last ? INT32_MAX : cuts_[stage];
+    table_.f32.blocked[kDirect][kernel_.vectors - 1](t);
+  }
 }
 
 std::string RowsRunner::name() const {
-  if (!emitted_) return "spmm " + std::to_string(kernel_.vectors);
+  const std::string depth = cuts_.empty() ? "" : ", " + std::to_string(kernel_.depth) + " channels";
+  if (!emitted_) return "spmm " + std::to_string(kernel_.vectors) + depth;
   return "emitted " + std::to_string(kernel_.height) + "x" + std::to_string(kernel_.vectors) +
-         (kernel_.chunk ? "/" + std::to_string(kernel_.chunk) : "");
+         (kernel_.chunk ? "/" + std::to_string(kernel_.chunk) : "") + depth;
 }
 
 }  // namespace dass

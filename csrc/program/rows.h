@@ -82,6 +82,7 @@ class RowsRunner {
   int64_t lanes_;
   SparseRows rows_;
   std::vector<int64_t> begins_;
+  std::vector<int32_t> cuts_;  // offsets at which stages end, see EmitTile
   std::unique_ptr<EmittedRows> emitted_;
 };
 

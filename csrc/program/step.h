@@ -61,7 +61,8 @@ inline void zero_around(const Pass& pass, const Place& p, int64_t from, int64_t 
 }
 
 // Memory of the calling thread, aligned to a line; it only grows.
-float* scratch_floats(int slot, int64_t floats);
+enum ScratchSlot { kHiddenScratch, kStripScratch, kPartialScratch, kScratchSlots };
+float* scratch_floats(ScratchSlot slot, int64_t floats);
 
 inline PlanesOut planes_out(const Pass& pass, const Place& p, int64_t first, int64_t last) {
   return {pass.at(p) + first * p.channel, p.channel, p.pitch, last - first, p.rows, p.columns, p.pixel, p.zeros()};
@@ -73,6 +74,7 @@ struct RowsKernel {
   int64_t height = 28;
   int64_t vectors = 1;
   int64_t chunk = 0;  // emitted: blocks per pass over all rows; 0: all
+  int64_t depth = 0;  // channels of x per stage, see EmitTile; 0: all
 };
 
 // What a sparse convolution step is made of: entry i of row r reads x at offsets[i].

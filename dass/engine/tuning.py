@@ -36,17 +36,21 @@ L1_BYTES = 24 << 10  # of pixels that one pass over the rows should stay within
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a product is run; `chunk` is in blocks, 0 for all. See ``RowsKernel`` in C++."""
+    """How a product is run; see ``RowsKernel`` in C++.
+
+    chunk: blocks per pass over the rows. depth: channels per stage. 0 for all.
+    """
 
     emitted: bool
     height: int
     vectors: int
     chunk: int = 0
+    depth: int = 0
 
     def __str__(self) -> str:
-        if not self.emitted:
-            return f"spmm {self.vectors}"
-        return f"emitted {self.height}x{self.vectors}" + (f"/{self.chunk}" if self.chunk else "")
+        name = f"emitted {self.height}x{self.vectors}" if self.emitted else f"spmm {self.vectors}"
+        name += f"/{self.chunk}" if self.chunk else ""
+        return name + (f", {self.depth} channels" if self.depth else "")
 
 
 TEMPLATES = tuple(Kernel(False, 1, vectors) for vectors in (4, 8, 14))
@@ -84,9 +88,7 @@ def products(plan: Plan) -> list[Step]:
 
 
 def set_kernel(step: Step, kernel: Kernel) -> None:
-    step.fields.update(
-        emitted=kernel.emitted, height=kernel.height, vectors=kernel.vectors, chunk=kernel.chunk
-    )
+    step.fields.update(vars(kernel))
 
 
 def signature(plan: Plan, step: Step) -> str:
