@@ -48,6 +48,7 @@ RowsSpec rows(const py::dict& d) {
   s.values = array<float>(d, "values");
   s.bias = array<float>(d, "bias");
   s.activation = activation(d);
+  s.relu_in = get<bool>(d, "relu_in");
   s.kernel = {get<bool>(d, "emitted"), integer(d, "height"), integer(d, "vectors"), integer(d, "chunk"),
               integer(d, "depth")};
   return s;
@@ -66,7 +67,8 @@ DepthwiseSpec depthwise(const py::dict& d) {
           array<float>(d, "weights"),
           array<float>(d, "bias"),
           activation(d),
-          get<bool>(d, "emitted")};
+          get<bool>(d, "emitted"),
+          get<bool>(d, "relu_in")};
 }
 
 StepPtr fused(const py::dict& d) {
@@ -81,11 +83,30 @@ StepPtr fused(const py::dict& d) {
 }
 
 StepPtr pool(const py::dict& d) {
-  return make_pool({place(d, "x"), place(d, "y"), get<bool>(d, "maximum"), get<bool>(d, "count_padding"),
-                    integer(d, "kernel_h"), integer(d, "kernel_w"), integer(d, "stride_h"), integer(d, "stride_w"),
-                    integer(d, "top"), integer(d, "left"), integer(d, "bottom"), integer(d, "right"),
-                    integer(d, "dilation_h"), integer(d, "dilation_w"), array<float>(d, "scale"),
-                    array<float>(d, "bias"), activation(d)});
+  PoolSpec s{place(d, "x"),
+             place(d, "y"),
+             get<bool>(d, "maximum"),
+             get<bool>(d, "count_padding"),
+             integer(d, "kernel_h"),
+             integer(d, "kernel_w"),
+             integer(d, "stride_h"),
+             integer(d, "stride_w"),
+             integer(d, "top"),
+             integer(d, "left"),
+             integer(d, "bottom"),
+             integer(d, "right"),
+             integer(d, "dilation_h"),
+             integer(d, "dilation_w"),
+             array<float>(d, "scale"),
+             array<float>(d, "bias"),
+             activation(d),
+             {},
+             false,
+             false};
+  s.relu_in = get<bool>(d, "relu_in");
+  s.has_residual = d.contains("residual");
+  if (s.has_residual) s.residual = place(d, "residual");
+  return make_pool(std::move(s));
 }
 
 StepPtr map(const py::dict& d) {

@@ -143,12 +143,15 @@ class Emitter : public Xbyak::CodeGenerator {
         lines[(at - shift) / kLanes][shift].emplace_back(static_cast<int>(r - part.row), m.values[i]);
       }
     next_ = rows_ * vectors_;
-    const int left = kRegisters - next_;
+    relu_in_ = m.relu_in;
+    const int registers = kRegisters - relu_in_;  // the last one holds zeros
+    if (relu_in_) vpxord(Xbyak::Zmm(31), Xbyak::Zmm(31), Xbyak::Zmm(31));
+    const int left = registers - next_;
     // Registers: V shifted columns and a weight (V > 1), then lines.
     shifted_ = next_;
     weight_ = next_ + vectors_;
     line_ = weight_ + (vectors_ > 1);
-    line_count_ = kRegisters - line_;
+    line_count_ = registers - line_;
     const bool shifts = line_count_ >= vectors_ + 1;
     for (const auto& [line, columns] : lines)
       for (const auto& [shift, readers] : columns) {
@@ -171,7 +174,7 @@ class Emitter : public Xbyak::CodeGenerator {
       else
         found = std::min_element(cached_.begin(), cached_.end());  // lines come in ascending order
       *found = wanted;
-      vmovups(Xbyak::Zmm(line_ + static_cast<int>(found - cached_.begin())), ptr[r10 + wanted * kLanes * 4]);
+      load(Xbyak::Zmm(line_ + static_cast<int>(found - cached_.begin())), ptr[r10 + wanted * kLanes * 4]);
     }
     return Xbyak::Zmm(line_ + static_cast<int>(found - cached_.begin()));
   }
@@ -186,14 +189,25 @@ class Emitter : public Xbyak::CodeGenerator {
 
   void plain(int32_t offset, const Readers& readers, int left) {
     const auto pixels = [&](int v) { return ptr[r10 + 4 * offset + 64 * v]; };
-    if (readers.size() > 1 || vectors_ == 1) {
-      if (left > vectors_) {
-        for (int v = 0; v < vectors_; ++v) vmovups(Xbyak::Zmm(shifted_ + v), pixels(v));
-        multiply(readers, [&](int v) { return Xbyak::Zmm(shifted_ + v); });
-        return;
-      }
+    if (left > vectors_ && (readers.size() > 1 || vectors_ == 1 || relu_in_)) {
+      for (int v = 0; v < vectors_; ++v) load(Xbyak::Zmm(shifted_ + v), pixels(v));
+      multiply(readers, [&](int v) { return Xbyak::Zmm(shifted_ + v); });
+    } else if (relu_in_) {
+      const Xbyak::Zmm one(next_ + 1);
+      multiply(readers, [&](int v) {
+        load(one, pixels(v));
+        return one;
+      });
+    } else {
+      multiply(readers, pixels);
     }
-    multiply(readers, pixels);
+  }
+
+  void load(const Xbyak::Zmm& to, const Xbyak::Address& from) {
+    if (relu_in_)
+      vmaxps(to, Xbyak::Zmm(31), from);
+    else
+      vmovups(to, from);
   }
 
   template <class Pixels>
@@ -205,7 +219,7 @@ class Emitter : public Xbyak::CodeGenerator {
           continue;
         }
       }
-      const Xbyak::Zmm w(std::min(weight_, kRegisters - 1));
+      const Xbyak::Zmm w(weight_ < kRegisters - relu_in_ ? weight_ : next_);
       vbroadcastss(w, weight(value));
       for (int v = 0; v < vectors_; ++v) vfmadd231ps(sum(r, v), w, pixels(v));
     }
@@ -232,6 +246,7 @@ class Emitter : public Xbyak::CodeGenerator {
       }
   }
 
+  bool relu_in_ = false;
   int vectors_, rows_ = 0, next_ = 0, shifted_ = 0, weight_ = 0, line_ = 0, line_count_ = 0;
   std::vector<int32_t> cached_;
   std::vector<float>* weights_ = nullptr;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <stdexcept>
 
 #include "../cpu/isa.h"
 
@@ -13,6 +14,7 @@ SparseRows ordered_rows(const RowsSpec& s, bool sort) {
   const int64_t rows = static_cast<int64_t>(s.bias.size());
   m.activation = s.activation;
   m.residual = s.has_residual;
+  m.relu_in = s.relu_in;
   m.ldy = s.y.channel;
   m.ldr = s.has_residual ? s.residual.channel : 0;
   m.output.resize(rows);
@@ -81,6 +83,7 @@ RowsRunner::RowsRunner(const RowsSpec& spec, RowsKernel kernel, bool sort)
       cuts_.push_back(static_cast<int32_t>(c * spec.x.channel - before));
   if (kernel_.emitted) {
     emitted_ = emit_rows(rows_, {static_cast<int>(kernel_.height), static_cast<int>(kernel_.vectors), cuts_});
+    if (!emitted_ && spec.relu_in) throw std::invalid_argument("rows: a ReLU on the input takes emitted code");
     if (!emitted_) {
       rows_ = ordered_rows(spec, sort);
       kernel_.emitted = false;

@@ -20,8 +20,9 @@ struct SparseRows {
   std::vector<int32_t> output;  // which output row each row is: they may be sorted
   Activation activation = kNone;
   bool residual = false;
-  int64_t ldy = 0;  // floats from an output row to the next
-  int64_t ldr = 0;  // the same of the residual
+  bool relu_in = false;  // emitted code only
+  int64_t ldy = 0;       // floats from an output row to the next
+  int64_t ldr = 0;       // the same of the residual
 
   int64_t rows() const { return static_cast<int64_t>(bias.size()); }
   int64_t count() const { return static_cast<int64_t>(values.size()); }

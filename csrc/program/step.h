@@ -84,6 +84,7 @@ struct RowsSpec {
   std::vector<int32_t> indptr, offsets;
   std::vector<float> values, bias;
   Activation activation = kNone;
+  bool relu_in = false;  // on x, emitted code only
   RowsKernel kernel;
 };
 StepPtr make_rows(RowsSpec spec);
@@ -94,6 +95,7 @@ struct DepthwiseSpec {
   std::vector<float> weights, bias;
   Activation activation;
   bool emitted = false;  // whether code may be made for it
+  bool relu_in = false;  // on x, emitted code only
 };
 StepPtr make_depthwise(DepthwiseSpec spec);
 
@@ -115,6 +117,8 @@ struct PoolSpec {
   int64_t kernel_h, kernel_w, stride_h, stride_w, top, left, bottom, right, dilation_h, dilation_w;
   std::vector<float> scale, bias;  // empty: none
   Activation activation;
+  Place residual;  // emitted code only, as relu_in
+  bool has_residual = false, relu_in = false;
 };
 StepPtr make_pool(PoolSpec spec);
 

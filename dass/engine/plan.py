@@ -305,7 +305,7 @@ class _Planner:
 
     def _pool(self, node: g.Pool) -> None:
         fields = {
-            "maximum": node.kind == "max", "count_padding": node.count_padding,
+            "relu_in": False, "maximum": node.kind == "max", "count_padding": node.count_padding,
             "kernel_h": node.kernel[0], "kernel_w": node.kernel[1],
             "stride_h": node.stride[0], "stride_w": node.stride[1],
             "top": node.padding[0], "bottom": node.padding[1],

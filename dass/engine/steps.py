@@ -104,7 +104,7 @@ def rows_step(
         "values": weight[row, column].astype(np.float32),
         "bias": floats(node.bias),
         "activation": ACTIVATION_CODES[node.activation if simple else None],
-        "emitted": False, "height": 28, "vectors": 8, "chunk": 0, "depth": 0,
+        "relu_in": False, "emitted": False, "height": 28, "vectors": 8, "chunk": 0, "depth": 0,
     }  # fmt: skip
     macs = node.weight.numel() * node.shape[1] * node.shape[2]
     return Step("rows", reads, writes, fields, node.source, macs=macs, nonzeros=len(row))
@@ -130,7 +130,7 @@ def depthwise_step(node: g.Conv, x: str, y: str) -> Step:
         "top": node.padding[0], "left": node.padding[2],
         "dilation_h": node.dilation[0], "dilation_w": node.dilation[1],
         "weights": floats(node.weight), "bias": floats(node.bias),
-        "activation": ACTIVATION_CODES[node.activation], "emitted": True,
+        "activation": ACTIVATION_CODES[node.activation], "emitted": True, "relu_in": False,
     }  # fmt: skip
     macs = node.weight.numel() * node.shape[1] * node.shape[2]
     nonzeros = int((node.weight != 0).sum())
