@@ -98,7 +98,7 @@ class Emitter : public Xbyak::CodeGenerator {
     const int64_t whole = static_cast<int64_t>(vectors_) * kLanes, all = g_.columns + g_.zeros;
     set_mask(k1, ones(g_.columns - (vectors_ - 1) * kLanes));
     set_mask(k2, ones(std::min<int64_t>(kLanes, all - (vectors_ - 1) * kLanes)));
-    if (all > whole) set_mask(k3, ones(std::min<int64_t>(kLanes, all - whole)));
+    if (all > whole) set_mask(k3, ones((all - whole - 1) % kLanes + 1));
   }
   void broadcast(int reg, uint32_t bits) {
     mov(eax, bits);
@@ -160,9 +160,18 @@ class Emitter : public Xbyak::CodeGenerator {
       }
       for (int r = 0; r < rows; ++r) finish(r, v);
     }
-    if (g_.columns + g_.zeros > static_cast<int64_t>(vectors_) * kLanes) {
-      vpxord(zmm(sums_), zmm(sums_), zmm(sums_));
-      for (int r = 0; r < rows; ++r) vmovups(at(r9, r * g_.pitch + vectors_ * kLanes) | k3, zmm(sums_));
+    const int64_t all = g_.columns + g_.zeros, whole = static_cast<int64_t>(vectors_) * kLanes;
+    if (all > whole) {
+      const Xbyak::Zmm nothing = zmm(sums_);
+      vpxord(nothing, nothing, nothing);
+      for (int r = 0; r < rows; ++r)
+        for (int64_t from = whole; from < all; from += kLanes) {
+          const Xbyak::Address y = at(r9, r * g_.pitch + from);
+          if (from + kLanes <= all)
+            vmovups(y, nothing);
+          else
+            vmovups(y | k3, nothing);
+        }
     }
   }
 
@@ -325,7 +334,6 @@ class Emitted : public EmittedWindow {
 
 std::unique_ptr<EmittedWindow> emit_window(const EmitWindow& g) {
   if (emit_unavailable() || g.activation > kRelu6 || g.stride > 2 || g.rows == 0 || g.columns == 0) return nullptr;
-  if (g.zeros > kLanes) return nullptr;
   try {
     return std::make_unique<Emitted>(g);
   } catch (const Xbyak::Error&) {

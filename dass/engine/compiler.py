@@ -147,7 +147,10 @@ class Engine:
 
         def make(fusions: Sequence[Fusion]) -> Plan:
             gemv = self.isa == "avx512"
-            return make_plan(segment.graph, pixel, sparse_gemv=gemv, fusions=fusions)
+            emitted = dass_kernels.emit_unavailable() is None
+            return make_plan(
+                segment.graph, pixel, sparse_gemv=gemv, emitted=emitted, fusions=fusions
+            )
 
         if not self._tune:
             plan = make(())

@@ -68,7 +68,7 @@ def default_kernel() -> Kernel:
 
 def candidates(plan: Plan, step: Step) -> list[Kernel]:
     """What is worth trying for one product."""
-    found = list(TEMPLATES)
+    found = [] if step.fields["relu_in"] else list(TEMPLATES)
     if dass_kernels.emit_unavailable():
         return found
     place = plan.places[step.reads["x"]]
@@ -94,11 +94,10 @@ def set_kernel(step: Step, kernel: Kernel) -> None:
 def signature(plan: Plan, step: Step) -> str:
     """Steps with one signature take one time."""
     x, y = plan.places[step.reads["x"]], plan.places[step.writes]
-    parts = (
-        step.kind, f"{x.channels}x{x.rows}x{x.columns}", f"{y.channels}x{y.rows}x{y.columns}",
-        step.nonzeros, step.fields["activation"], "residual" in step.reads, x.pixel,
-    )  # fmt: skip
-    return " ".join(map(str, parts))
+    shapes = (f"{p.channels}x{p.rows}x{p.columns}" for p in (x, y))
+    kind = "relu, rows" if step.fields["relu_in"] else "rows"
+    rest = step.nonzeros, step.fields["activation"], "residual" in step.reads, x.pixel
+    return " ".join(map(str, (kind, *shapes, *rest)))
 
 
 def choose(
