@@ -157,5 +157,6 @@ class Engine:
             tuning.use(plan, {})
             return Built(plan, tuning.build(plan), {})
         fusible = groups(segment.graph, lambda node: suits_depthwise(node, 1)) if not wide else []
-        plan, choices = tuning.choose(make, fusible, sample, self._cache)
+        one = [tensor[:pixel] for tensor in sample]
+        plan, choices = tuning.choose(make, fusible, one, self._cache)
         return Built(plan, tuning.build(plan), choices)

@@ -23,7 +23,7 @@ from dass.engine.depth_first import Fusion
 from dass.engine.steps import Plan, Step
 from dass.timing import machine_facts
 
-VERSION = 1  # of the kernels' behaviour: what an older one measured is not read
+VERSION = 2  # of the kernels' behaviour: what an older one measured is not read
 ROUNDS = 3  # passes over all kinds, each of up to RUNS runs
 RUNS = 9
 TURN_SECONDS = 0.25
@@ -53,33 +53,44 @@ class Kernel:
         return name + (f", {self.depth} channels" if self.depth else "")
 
 
-TEMPLATES = tuple(Kernel(False, 1, vectors) for vectors in (4, 8, 14))
+TEMPLATES = (
+    *(Kernel(False, 1, vectors) for vectors in (4, 8, 14)),
+    Kernel(False, 1, 14, depth=32),
+)
 EMITTED = tuple(
     Kernel(True, height, vectors) for height, vectors in ((28, 1), (13, 2), (8, 3), (6, 4), (4, 7))
 )
-DEFAULT_TEMPLATE = TEMPLATES[1]
-DEFAULT_EMITTED = EMITTED[0]
+# In stages of channels, for products that read more than fits into L1.
+STAGED = (
+    Kernel(True, 28, 1, chunk=4, depth=32),
+    Kernel(True, 28, 1, chunk=16, depth=32),
+    Kernel(True, 28, 1, chunk=64, depth=32),
+    Kernel(True, 14, 2, chunk=8, depth=32),
+    Kernel(True, 6, 4, chunk=2, depth=32),
+)
+LEAST_STAGED = 64  # channels
 
 
 def default_kernel() -> Kernel:
     """For a product that was never measured."""
-    return DEFAULT_TEMPLATE if dass_kernels.emit_unavailable() else DEFAULT_EMITTED
+    return TEMPLATES[1] if dass_kernels.emit_unavailable() else EMITTED[0]
 
 
 def candidates(plan: Plan, step: Step) -> list[Kernel]:
     """What is worth trying for one product."""
-    found = [] if step.fields["relu_in"] else list(TEMPLATES)
+    place = plan.places[step.reads["x"]]
+    staged = place.channels >= LEAST_STAGED
+    found = [] if step.fields["relu_in"] else [k for k in TEMPLATES if staged or not k.depth]
     if dass_kernels.emit_unavailable():
         return found
-    place = plan.places[step.reads["x"]]
+    found += [Kernel(True, 28, 1), Kernel(True, 28, 1, chunk=4)]
     for kernel in EMITTED:
         if kernel.vectors > 1 and step.nonzeros * (11 * kernel.vectors + 10) > MOST_CODE:
             continue
-        found.append(kernel)
         chunk = max(1, L1_BYTES // (place.channels * kernel.vectors * 64))
-        if chunk * kernel.vectors * 16 < place.rows * place.pitch * place.pixel:
-            found.append(Kernel(True, kernel.height, kernel.vectors, chunk))
-    return found
+        whole = chunk * kernel.vectors * 16 >= place.rows * place.pitch * place.pixel
+        found += [kernel] if whole else [kernel, replace(kernel, chunk=chunk)]
+    return list(dict.fromkeys(found + [k for k in STAGED if staged]))
 
 
 def products(plan: Plan) -> list[Step]:
