@@ -49,8 +49,8 @@ RowsSpec rows(const py::dict& d) {
   s.bias = array<float>(d, "bias");
   s.activation = activation(d);
   s.relu_in = get<bool>(d, "relu_in");
-  s.kernel = {get<bool>(d, "emitted"), integer(d, "height"), integer(d, "vectors"), integer(d, "chunk"),
-              integer(d, "depth")};
+  s.kernel = {get<bool>(d, "emitted"), integer(d, "height"), integer(d, "vectors"),
+              integer(d, "chunk"),     integer(d, "deep"),   integer(d, "depth")};
   return s;
 }
 

@@ -64,10 +64,11 @@ void Blocks::add_flat(const Flat& f, int64_t lanes) {
   }
 }
 
-void Blocks::add_pixels(const Place& x, const Place& y) {
-  for (int64_t row = 0; row < y.rows; ++row)
-    for (int64_t at = 0; at < y.columns; at += vectors_) {
-      const int64_t from = std::min(at, y.columns - vectors_);
+void Blocks::add_pixels(const Place& x, const Place& y, int64_t deep) {
+  const int64_t wide = vectors_ / deep;
+  for (int64_t at_row = 0; at_row < y.rows; at_row += deep)
+    for (int64_t at = 0; at < y.columns; at += wide) {
+      const int64_t row = std::min(at_row, y.rows - deep), from = std::min(at, y.columns - wide);
       words_.push_back(static_cast<int32_t>((row * x.pitch + from) * x.pixel));
       words_.push_back(static_cast<int32_t>((row * y.pitch + from) * y.pixel));
       words_.insert(words_.end(), vectors_, static_cast<int32_t>(~0u >> (32 - y.pixel)));
@@ -95,6 +96,10 @@ RowsRunner::RowsRunner(const RowsSpec& spec, RowsKernel kernel, bool sort)
     return;
   }
   kernel_.vectors = std::min<int64_t>(kernel_.vectors, table_.f32.max_vectors[0]);
+  // Two runs are of more than kRunVectors vectors, four of four.
+  if (kernel_.deep == 4 ? kernel_.vectors != 16 || !table_.f32.squares[0]
+                        : kernel_.deep != 2 || kernel_.vectors % 2 || kernel_.vectors <= kRunVectors)
+    kernel_.vectors /= kernel_.deep, kernel_.deep = 1;
   begins_ = balanced(rows_, std::max<int64_t>(1, std::min<int64_t>(16, rows_.rows())));
 }
 
@@ -125,9 +130,13 @@ void RowsRunner::run_templates(int64_t row, int64_t end, const float* x, float* 
   t.x = x + block[0];
   t.y = y + block[1];
   t.residual = residual ? residual + block[1] : nullptr;
-  t.masks = reinterpret_cast<const uint32_t*>(block + 2);
+  if (kernel_.deep == 1) t.masks = reinterpret_cast<const uint32_t*>(block + 2);
   t.gap = t.out_gap = first_run(static_cast<int>(kernel_.vectors)) * lanes_;
-  if (cuts_.empty()) return table_.f32.spmm[kDirect][0][kernel_.vectors - 1](t);
+  if (kernel_.deep > 1) t.gap = gap_, t.out_gap = out_gap_;
+  const auto& k = table_.f32;
+  const auto whole = kernel_.deep == 4 ? k.squares[0] : k.spmm[kDirect][0][kernel_.vectors - 1];
+  const auto staged = kernel_.deep == 4 ? k.squares[1] : k.blocked[kDirect][kernel_.vectors - 1];
+  if (cuts_.empty()) return whole(t);
   const int64_t rows = end - row, floats = kernel_.vectors * lanes_;
   t.partial = scratch_floats(kPartialScratch, rows * (floats + 1));
   t.cursors = reinterpret_cast<int32_t*>(t.partial + rows * floats);
@@ -135,13 +144,14 @@ void RowsRunner::run_templates(int64_t row, int64_t end, const float* x, float* 
     t.first = stage == 0;
     t.last = stage == cuts_.size();
     t.limit = t.last ? INT32_MAX : cuts_[stage];
-    table_.f32.blocked[kDirect][kernel_.vectors - 1](t);
+    staged(t);
   }
 }
 
 std::string RowsRunner::name() const {
   const std::string depth = cuts_.empty() ? "" : ", " + std::to_string(kernel_.depth) + " channels";
-  if (!emitted_) return "spmm " + std::to_string(kernel_.vectors) + depth;
+  const std::string deep = kernel_.deep > 1 ? " in " + std::to_string(kernel_.deep) + " rows" : "";
+  if (!emitted_) return "spmm " + std::to_string(kernel_.vectors) + deep + depth;
   return "emitted " + std::to_string(kernel_.height) + "x" + std::to_string(kernel_.vectors) +
          (kernel_.chunk ? "/" + std::to_string(kernel_.chunk) : "") + depth;
 }

@@ -74,6 +74,7 @@ struct RowsKernel {
   int64_t height = 28;
   int64_t vectors = 1;
   int64_t chunk = 0;  // emitted: blocks per pass over all rows; 0: all
+  int64_t deep = 1;   // templates, batch innermost: rows of pixels per block; `vectors` is of all
   int64_t depth = 0;  // channels of x per stage, see EmitTile; 0: all
 };
 

@@ -23,7 +23,7 @@ from dass.engine.depth_first import Fusion
 from dass.engine.steps import Plan, Step
 from dass.timing import machine_facts
 
-VERSION = 2  # of the kernels' behaviour: what an older one measured is not read
+VERSION = 3  # of the kernels' behaviour: what an older one measured is not read
 ROUNDS = 3  # passes over all kinds, each of up to RUNS runs
 RUNS = 9
 TURN_SECONDS = 0.25
@@ -38,7 +38,8 @@ L1_BYTES = 24 << 10  # of pixels that one pass over the rows should stay within
 class Kernel:
     """How a product is run; see ``RowsKernel`` in C++.
 
-    chunk: blocks per pass over the rows. depth: channels per stage. 0 for all.
+    chunk: blocks per pass over the rows. deep: rows of pixels per block. depth: channels per stage.
+    0 for all.
     """
 
     emitted: bool
@@ -46,10 +47,12 @@ class Kernel:
     vectors: int
     chunk: int = 0
     depth: int = 0
+    deep: int = 1
 
     def __str__(self) -> str:
         name = f"emitted {self.height}x{self.vectors}" if self.emitted else f"spmm {self.vectors}"
         name += f"/{self.chunk}" if self.chunk else ""
+        name += f" in {self.deep} rows" if self.deep > 1 else ""
         return name + (f", {self.depth} channels" if self.depth else "")
 
 
@@ -69,6 +72,10 @@ STAGED = (
     Kernel(True, 6, 4, chunk=2, depth=32),
 )
 LEAST_STAGED = 64  # channels
+# With the batch innermost: blocks of several rows.
+DEEP = tuple(
+    Kernel(False, 1, 16, depth=depth, deep=deep) for deep in (2, 4) for depth in (0, 16, 32)
+)
 
 
 def default_kernel() -> Kernel:
@@ -81,6 +88,8 @@ def candidates(plan: Plan, step: Step) -> list[Kernel]:
     place = plan.places[step.reads["x"]]
     staged = place.channels >= LEAST_STAGED
     found = [] if step.fields["relu_in"] else [k for k in TEMPLATES if staged or not k.depth]
+    if place.pixel > 1 and not step.fields["relu_in"]:
+        found += [k for k in DEEP if staged or not k.depth]
     if dass_kernels.emit_unavailable():
         return found
     found += [Kernel(True, 28, 1), Kernel(True, 28, 1, chunk=4)]
