@@ -109,7 +109,8 @@ def rows_step(
         "values": weight[row, column].astype(np.float32),
         "bias": floats(node.bias),
         "activation": ACTIVATION_CODES[node.activation if simple else None],
-        "relu_in": relu_in, "emitted": False, "height": 28, "vectors": 8, "chunk": 0, "deep": 1, "depth": 0,
+        "relu_in": relu_in, "emitted": False, "height": 28, "vectors": 8,
+        "chunk": 0, "deep": 1, "depth": 0,
     }  # fmt: skip
     macs = node.weight.numel() * node.shape[1] * node.shape[2]
     return Step("rows", reads, writes, fields, node.source, macs=macs, nonzeros=len(row))
