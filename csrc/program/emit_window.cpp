@@ -99,6 +99,7 @@ class Emitter : public Xbyak::CodeGenerator {
     set_mask(k1, ones(g_.columns - (vectors_ - 1) * kLanes));
     set_mask(k2, ones(std::min<int64_t>(kLanes, all - (vectors_ - 1) * kLanes)));
     if (all > whole) set_mask(k3, ones((all - whole - 1) % kLanes + 1));
+    keep_border_masks();
   }
   void broadcast(int reg, uint32_t bits) {
     mov(eax, bits);
@@ -198,8 +199,25 @@ class Emitter : public Xbyak::CodeGenerator {
     return false;
   }
 
-  void accumulate(int rows, int64_t row, int i, int k, const Xbyak::Zmm& in) {
+  // A pool's windows are as good row by row: the taps of a row become one first.
+  void combine(int k, const Xbyak::Zmm& in) {
     if (g_.relu_in) vmaxps(in, zmm(zero_), in);
+    if (k == 0)
+      combined_ = in.getIdx();
+    else if (g_.op == kMaximum)
+      vmaxps(zmm(combined_), zmm(combined_), in);
+    else
+      vaddps(zmm(combined_), zmm(combined_), in);
+  }
+
+  void accumulate(int rows, int64_t row, int i, int k, const Xbyak::Zmm& tap_in) {
+    if (g_.op != kWeighted) {
+      combine(k, tap_in);
+      if (k + 1 < g_.kernel_w) return;
+    } else if (g_.relu_in) {
+      vmaxps(tap_in, zmm(zero_), tap_in);
+    }
+    const Xbyak::Zmm in = g_.op == kWeighted ? tap_in : zmm(combined_);
     for (int r = 0; r < rows; ++r) {
       const int down = tap(i, r, row);
       if (down < 0) continue;
@@ -230,15 +248,34 @@ class Emitter : public Xbyak::CodeGenerator {
   // What lies outside the picture counts nothing.
   void blank(const Xbyak::Zmm& in, int v, int k) {
     if (!g_.in_rows) return;
-    const uint32_t mask = lanes_inside(v * kLanes * g_.stride + k * g_.dilation_w - g_.left, g_.stride);
+    const uint32_t mask = border(v, k);
     if (mask == 0xffff) return;
-    if (g_.op == kMaximum) {
-      set_mask(k4, ~mask & 0xffff);
-      vmovaps(in | k4, zmm(lowest_));
-    } else {
-      set_mask(k4, mask);
-      vmovaps(in | k4 | T_z, in);
-    }
+    if (g_.op == kMaximum)
+      vmovaps(in | border_mask(~mask & 0xffff), zmm(lowest_));
+    else
+      vmovaps(in | border_mask(mask) | T_z, in);
+  }
+  uint32_t border(int v, int k) const {
+    return lanes_inside(v * kLanes * g_.stride + k * g_.dilation_w - g_.left, g_.stride);
+  }
+  // A few of the masks stay in registers.
+  const Xbyak::Opmask& border_mask(uint32_t mask) {
+    const Xbyak::Opmask* kept[] = {&k5, &k6, &k7};
+    for (size_t i = 0; i < borders_.size(); ++i)
+      if (borders_[i] == mask) return *kept[i];
+    set_mask(k4, mask);
+    return k4;
+  }
+  void keep_border_masks() {
+    const Xbyak::Opmask* kept[] = {&k5, &k6, &k7};
+    for (int v = 0; v < vectors_ && g_.in_rows; ++v)
+      for (int k = 0; k < g_.kernel_w; ++k) {
+        const uint32_t inside = border(v, k), mask = g_.op == kMaximum ? ~inside & 0xffff : inside;
+        const bool known = std::find(borders_.begin(), borders_.end(), mask) != borders_.end();
+        if (inside == 0xffff || known || borders_.size() == 3) continue;
+        set_mask(*kept[borders_.size()], mask);
+        borders_.push_back(mask);
+      }
   }
   // Of a tensor of the call nothing past a row is read. With stride 2 the last lane of two is not used,
   // so that a row may also be read from its second pixel on.
@@ -252,6 +289,7 @@ class Emitter : public Xbyak::CodeGenerator {
   void side_by_side(int rows, int64_t row, int i, int v, int64_t from) {
     const int temps = 32 - sums_ - rows;
     for (int k = 0; k < g_.kernel_w; ++k) {
+      if (g_.op != kWeighted && k > 1) --turn_;  // not over what was combined
       const Xbyak::Zmm in = zmm(sums_ + rows + turn_++ % temps);
       load(in, from + k * g_.tap_column, v * kLanes);
       blank(in, v, k);
@@ -316,8 +354,9 @@ class Emitter : public Xbyak::CodeGenerator {
   }
 
   EmitWindow g_;
-  int vectors_, bias_, zero_, six_, lowest_, even_ = -1, odd_ = -1, sums_, turn_ = 0;
+  int vectors_, bias_, zero_, six_, lowest_, even_ = -1, odd_ = -1, sums_, turn_ = 0, combined_ = 0;
   bool in_registers_;
+  std::vector<uint32_t> borders_;
   Xbyak::Label table_;
 };
 
