@@ -90,7 +90,7 @@ class FusedStep : public Step {
     strip.base = floor_line(strip.from * pitch - d.left);
     if (expand_) {
       const int64_t lanes = expand_->lanes(), begin = std::max<int64_t>(0, strip.base);
-      const int64_t end = (std::min(strip.to, d.x.rows) - 1) * pitch + d.x.columns;
+      const int64_t end = std::min(strip.to, d.x.rows) * pitch;  // with the zeros behind its last row
       strip.expand.add_flat(
           {begin / lanes, (end + lanes - 1) / lanes, 0, -strip.base, 0, d.x.rows, pitch, d.x.columns, 0}, lanes);
     }
@@ -129,7 +129,7 @@ class FusedStep : public Step {
   void zero_outside(const Strip& strip, float* scratch, int64_t channels) const {
     const Place& x = s_.depthwise.x;
     const int64_t lanes = expand_->lanes();
-    const int64_t end = (std::min(strip.to, x.rows) - 1) * x.pitch + x.columns;
+    const int64_t end = std::min(strip.to, x.rows) * x.pitch;
     const int64_t done = (end + lanes - 1) / lanes * lanes - strip.base;
     const int64_t all = ceil_line(strip.to * x.pitch - strip.base);
     for (int64_t c = 0; c < channels; ++c) {
