@@ -17,10 +17,12 @@ namespace {
 
 using Fn = void (*)(const float* x, float* y, const float* weights, int64_t channels);
 constexpr int kLanes = 16;
+constexpr size_t kMostCode = size_t{1} << 20;
+constexpr int64_t kMostColumns = 1024;  // a register of 7 x 7 windows takes up to 11 KB of code
 
 class Emitter : public Xbyak::CodeGenerator {
  public:
-  explicit Emitter(const EmitDepthwise& g) : CodeGenerator(size_t{1} << 20, Xbyak::DontSetProtectRWE), g_(g) {
+  explicit Emitter(const EmitDepthwise& g) : CodeGenerator(kMostCode, Xbyak::DontSetProtectRWE), g_(g) {
     vectors_ = static_cast<int>((g.columns + kLanes - 1) / kLanes);
     in_registers_ = g.kernel == 3 || (g.kernel == 5 && g.stride == 1);
     together_ = g.stride_row == down() * g.tap_row;
@@ -203,6 +205,9 @@ class Emitted : public EmittedDepthwise {
 
 std::unique_ptr<EmittedDepthwise> emit_depthwise(const EmitDepthwise& g) {
   if (emit_unavailable() || g.activation > kRelu6 || g.stride > 2 || g.rows == 0) return nullptr;
+  // The code grows with the columns, and writes one register of zeros past a row's last one.
+  const int64_t whole = (g.columns + kLanes - 1) / kLanes * kLanes;
+  if (g.columns > kMostColumns || g.columns + g.zeros > whole + kLanes) return nullptr;
   return std::make_unique<Emitted>(g);
 }
 

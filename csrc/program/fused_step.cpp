@@ -124,7 +124,7 @@ class FusedStep : public Step {
     }
   }
 
-  // Rows of zeros above and below the picture.
+  // Rows of zeros above and below the picture, and what lies right of the last row that is computed.
   void zero_outside(const Strip& strip, float* scratch, int64_t channels) const {
     const Place& x = s_.depthwise.x;
     const int64_t lanes = expand_->lanes();
@@ -133,8 +133,7 @@ class FusedStep : public Step {
     const int64_t all = ceil_line(strip.to * x.pitch - strip.base);
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t i = 0; i < -strip.base; ++i) scratch[c * x.channel + i] = 0.0f;
-      if (strip.to > x.rows)
-        for (int64_t i = done; i < all; ++i) scratch[c * x.channel + i] = 0.0f;
+      for (int64_t i = done; i < all; ++i) scratch[c * x.channel + i] = 0.0f;
     }
   }
 
