@@ -75,6 +75,6 @@ def _activated(before: Tensor, error: Tensor, word: str | None) -> Bounded:
     value = interpret.activate(before, word)
     if word not in SLOPES:
         return value, error
-    size = torch.ones_like(before) if word == "sigmoid" else before.abs() + error
+    size = torch.ones_like(before) if "sigmoid" in word else before.abs() + error
     own = tolerance(torch.float32, ROUNDINGS[word]) * size
     return value, SLOPES[word] * error + own

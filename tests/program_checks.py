@@ -44,6 +44,10 @@ class Net(Sketch):
         inputs = [x] if residual is None else [x, residual]
         return self.add(g.Conv, inputs, shape, weight, self.normal(out), padding=four, **fields)
 
+    def depthwise(self, x, kernel=3, padding=1, **fields) -> str:
+        channels = self.shape(x)[0]
+        return self.conv(x, channels, kernel, padding, groups=channels, **fields)
+
     def linear(self, x, out, density=1.0, **fields) -> str:
         weight = self.pruned(density, out, *self.shape(x))
         return self.add(g.Linear, [x], (out,), weight, self.normal(out), **fields)

@@ -96,7 +96,8 @@ class FusedStep : public Step {
     }
     if (project_) {
       const int64_t lanes = project_->lanes(), rows = strip.end - row;
-      const int64_t end = (rows - 1) * d.y.pitch + d.y.columns;
+      // Zeros right of its last row, too; those behind the picture are written apart.
+      const int64_t end = (rows - 1) * d.y.pitch + (strip.end < d.y.rows ? d.y.pitch : d.y.columns);
       strip.project.add_flat({0, (end + lanes - 1) / lanes, 0, row * d.y.pitch, 0, rows, d.y.pitch, d.y.columns, 0},
                              lanes);
     }
