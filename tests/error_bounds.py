@@ -57,7 +57,9 @@ def _error(node: g.Node, inputs: list[Bounded], errors: tuple[Tensor, ...]) -> T
     weights = {k: v.abs() for k, v in vars(node).items() if isinstance(v, Tensor)}
     bias = {"bias": torch.zeros_like(weights["bias"])} if "bias" in weights else {}
     carried = _run(replace(node, **{**weights, **bias}), errors)
-    return carried + tolerance(torch.float32, _length(node, inputs)) * _run(replace(node, **weights), sizes)
+    return carried + tolerance(torch.float32, _length(node, inputs)) * _run(
+        replace(node, **weights), sizes
+    )
 
 
 def _length(node: g.Node, inputs: list[Bounded]) -> int:

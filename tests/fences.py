@@ -67,7 +67,8 @@ def nan_step(arena: int) -> dict:
     """
     empty = np.zeros(0, np.int32)
     return {
-        "kind": "map", "x": place(1, 1, 0, space=1), "y": place(1, 1, arena + 2 * SLACK, offset=-SLACK),
+        "kind": "map", "x": place(1, 1, 0, space=1),
+        "y": place(1, 1, arena + 2 * SLACK, offset=-SLACK),
         "combine": 0, "channels": empty, "shift_h": empty, "shift_w": empty, "stride_h": 1,
         "stride_w": 1, "scale": NONE, "bias": np.full(1, np.nan, np.float32), "activation": 0,
     }  # fmt: skip
@@ -88,7 +89,12 @@ def _poison(isa: str) -> tuple[Program, Tensor]:
     side = 1 << 7
     x = torch.full((1, 1, 1, SCRATCH), torch.nan)
     plane = place(1, side, SCRATCH // side)
-    padded = {"pitch": SCRATCH // side + 1, "pad": 1, "channel": 2 * SCRATCH, "offset": SCRATCH // 8}
+    padded = {
+        "pitch": SCRATCH // side + 1,
+        "pad": 1,
+        "channel": 2 * SCRATCH,
+        "offset": SCRATCH // 8,
+    }
     zero, nan = np.zeros(1, np.float32), np.full(1, np.nan, np.float32)
     pool = {
         "kind": "pool", "x": place(1, 1, SCRATCH, space=1), "y": place(1, 1, 1),

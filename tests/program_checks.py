@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -135,16 +133,3 @@ def kernel(emitted: bool, height: int, vectors: int, chunk: int = 0):
 
     return choose
 
-
-def in_float32(graph: g.Graph) -> g.Graph:
-    """The graph with its weights rounded."""
-
-    def rounded(node):
-        floats = {f.name: getattr(node, f.name) for f in fields(node)}
-        return replace(node, **{k: v.float() for k, v in floats.items() if isinstance(v, Tensor)})
-
-    return g.Graph([rounded(node) for node in graph], graph.outputs, graph.batch)
-
-
-def size_of(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)

@@ -6,10 +6,13 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import dass_kernels as dk
 from dass.engine.geometry import count
-from program_checks import ACTIVATIONS, SIMPLE, Net, check, check_layouts, kernel, layouts
+from dass.engine.interpret import activate
+from dass.engine.plan import make_plan
+from program_checks import ACTIVATIONS, SIMPLE, Net, check, check_layouts, kernel, layouts, numbers, program_of, run_fenced
 
 pytestmark = pytest.mark.usefixtures("isa", "one_thread")
 
@@ -153,9 +156,7 @@ def test_depthwise(isa, taps, stride, dilation):
 @pytest.mark.parametrize("padding", [(0, 0, 0, 0), (1, 0, 0, 2), (0, 3, 2, 0), (-1, 1, 1, -1)])
 def test_depthwise_with_other_paddings(isa, taps, padding):
     net = Net(3, 12, 19, seed=taps)
-    names = [
-        net.depthwise("x", taps, padding, stride=(s, s), activation="relu") for s in (1, 2)
-    ]
+    names = [net.depthwise("x", taps, padding, stride=(s, s), activation="relu") for s in (1, 2)]
     check_layouts(net.graph(*names))
 
 
@@ -227,10 +228,6 @@ def test_random_geometries(isa, block):
 
 
 def test_what_is_not_a_number_passes_on_and_pruned_weights_do_not_spread_it(isa):
-    from program_checks import numbers, program_of, run_fenced
-    from dass.engine import interpret
-    from dass.engine.plan import make_plan
-
     for word in SIMPLE:
         net = Net(6, 7, 19, seed=3)
         names = [
@@ -246,14 +243,13 @@ def test_what_is_not_a_number_passes_on_and_pruned_weights_do_not_spread_it(isa)
                 program = program_of(make_plan(graph, pixel), kernel(emits(), 4, 3))
                 shapes = [(batch, *net.shape(name)) for name in names]
                 for name, y in zip(names, run_fenced(program, [x], shapes, True), strict=True):
-                    want = _specials(graph[name], x, interpret.activate)
+                    want = _specials(graph[name], x)
                     assert torch.equal(y.isnan(), want.isnan()), (name, word, special)
                     assert torch.equal(y.isinf(), want.isinf()), (name, word, special)
 
 
-def _specials(node, x, activate):
-    """The output, each sum over the weights that are there; only which are NaN or infinite holds."""
-    import torch.nn.functional as F
+def _specials(node, x):
+    """Which outputs are NaN or infinite: each sums over the weights that are there."""
 
     def conv(x, weight):
         return F.conv2d(

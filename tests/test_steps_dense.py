@@ -1,4 +1,4 @@
-"""Pools, element by element, concatenations, means, linear layers and layouts as steps of programs."""
+"""Pools, sums, concatenations, means, linear layers: the dense steps of programs."""
 
 from __future__ import annotations
 
@@ -130,7 +130,10 @@ def test_element_by_element(isa, activation, shape):
     names = [a, b, c, d, net.sum(x, x), net.mul(d, d)]
     if len(shape) == 3:
         factor = net.mean(a)
-        names += [net.mul(a, factor), net.mul(x, net.linear(factor, shape[0], activation="sigmoid"))]
+        names += [
+            net.mul(a, factor),
+            net.mul(x, net.linear(factor, shape[0], activation="sigmoid")),
+        ]
     later = [net.conv(name, 2, 3, 1) for name in names if len(shape) == 3]
     check_layouts(net.graph(*names, *later))
 
@@ -226,7 +229,10 @@ def test_random_pools(isa, seed):
     pick = random.Random(seed)
     while True:
         size = (pick.randint(1, 20), pick.randint(1, 40))
-        taps, stride = (pick.randint(1, 5), pick.randint(1, 5)), (pick.randint(1, 4), pick.randint(1, 4))
+        taps, stride = (
+            (pick.randint(1, 5), pick.randint(1, 5)),
+            (pick.randint(1, 4), pick.randint(1, 4)),
+        )
         kind = pick.choice(("max", "avg"))
         dilation = (pick.randint(1, 3), pick.randint(1, 3)) if kind == "max" else (1, 1)
         padding = tuple(pick.randint(0, taps[i // 2] - 1) for i in range(4))
@@ -234,7 +240,10 @@ def test_random_pools(isa, seed):
             count(size[i], taps[i], stride[i], padding[2 * i], padding[2 * i + 1], dilation[i])
             for i in (0, 1)
         ]
-        if min(sides) > 0 and all(_meet(size[i], taps[i], stride[i], padding[2 * i], dilation[i], sides[i]) for i in (0, 1)):
+        if min(sides) > 0 and all(
+            _meet(size[i], taps[i], stride[i], padding[2 * i], dilation[i], sides[i])
+            for i in (0, 1)
+        ):
             break
     net = Net(pick.randint(1, 4), *size, seed=seed)
     channels = net.shape("x")[0]

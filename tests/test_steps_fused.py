@@ -1,4 +1,4 @@
-"""[1x1 ->] depthwise [-> 1x1] depth first: strips of rows, and what lies between in scratch memory."""
+"""[1x1 ->] depthwise [-> 1x1] depth first, in strips of rows."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ def block(net, taps=3, stride=(1, 1), dilation=(1, 1), residual=False, words=("r
     a = net.conv(x, hidden, 1, density=density, activation=words[0])
     pads = [d * (taps // 2) for d in dilation]
     padding = kw.get("padding", (pads[0], pads[0], pads[1], pads[1]))
-    b = net.depthwise(
-        a, taps, padding, stride=stride, dilation=dilation, activation=words[1]
-    )
+    b = net.depthwise(a, taps, padding, stride=stride, dilation=dilation, activation=words[1])
     other = x if residual else None
     outputs = channels if residual else 7
     c = net.conv(b, outputs, 1, density=density, residual=other, activation=words[2])
