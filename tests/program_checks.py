@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+from error_bounds import bounded
+from fences import Fenced, nan_step, poison_scratch
+from graph_sketch import Sketch
 from torch import Tensor
 
 import dass_kernels as dk
@@ -14,9 +17,6 @@ from dass.engine.depth_first import Fusion
 from dass.engine.geometry import output_size
 from dass.engine.plan import make_plan
 from dass_kernels.testing import assert_within
-from error_bounds import bounded
-from fences import Fenced, nan_step, poison_scratch
-from graph_sketch import Sketch
 
 ACTIVATIONS = (None, *g.ACTIVATIONS)
 SIMPLE = (None, "relu", "relu6", "hardswish")
@@ -132,4 +132,3 @@ def kernel(emitted: bool, height: int, vectors: int, chunk: int = 0):
             tuning.set_kernel(step, tuning.Kernel(emitted, height, vectors, chunk))
 
     return choose
-

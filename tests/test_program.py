@@ -7,8 +7,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from fences import nan_step, place
 from hypothesis import given
 from hypothesis import strategies as st
+from program_checks import ACTIVATIONS, SIMPLE, Net, check, layouts, numbers, program_of
 
 import dass_kernels as dk
 from dass.engine import tuning
@@ -16,8 +18,6 @@ from dass.engine.depth_first import groups
 from dass.engine.plan import make_plan
 from dass.engine.steps import suits_depthwise
 from dass_kernels import testing
-from fences import nan_step, place
-from program_checks import ACTIVATIONS, SIMPLE, Net, check, layouts, numbers, program_of
 
 
 @pytest.fixture

@@ -7,12 +7,23 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from program_checks import (
+    ACTIVATIONS,
+    SIMPLE,
+    Net,
+    check,
+    check_layouts,
+    kernel,
+    layouts,
+    numbers,
+    program_of,
+    run_fenced,
+)
 
 import dass_kernels as dk
 from dass.engine.geometry import count
 from dass.engine.interpret import activate
 from dass.engine.plan import make_plan
-from program_checks import ACTIVATIONS, SIMPLE, Net, check, check_layouts, kernel, layouts, numbers, program_of, run_fenced
 
 pytestmark = pytest.mark.usefixtures("isa", "one_thread")
 

@@ -6,11 +6,6 @@ import random
 
 import pytest
 import torch
-
-from dass.engine import graph as g
-from dass.engine.geometry import count
-from dass.engine.interpret import run
-from dass.engine.plan import make_plan
 from program_checks import (
     ACTIVATIONS,
     SIMPLE,
@@ -22,6 +17,11 @@ from program_checks import (
     program_of,
     run_fenced,
 )
+
+from dass.engine import graph as g
+from dass.engine.geometry import count
+from dass.engine.interpret import run
+from dass.engine.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("isa", "one_thread")
 

@@ -6,11 +6,11 @@ import random
 from itertools import product
 
 import pytest
+from program_checks import SIMPLE, Net, check, kernel
 
 import dass_kernels as dk
 from dass.engine.depth_first import Fusion, groups
 from dass.engine.steps import suits_depthwise
-from program_checks import SIMPLE, Net, check, kernel
 
 pytestmark = pytest.mark.usefixtures("isa", "one_thread")
 
