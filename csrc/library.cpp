@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/dense.h"
 #include "cpu/isa.h"
 #include "ops/ops.h"
 #include "program/bind.h"
@@ -57,11 +58,26 @@ void add_kernels(pybind11::list& rows, const dass::Kernels<T>& k, const std::str
   if (k.gemv) add("gemv", "bits", 1, 0);
 }
 
+// The same for the dense kernels of compiled networks: the format is the taps of a depthwise one.
+void add_dense(pybind11::list& rows, const dass::DenseKernels& k, const std::string& isa) {
+  const auto add = [&](const std::string& op, const std::string& format = "") {
+    const std::string name = op + (format.empty() ? "" : "_" + format) + "_f32__" + isa;
+    rows.append(pybind11::make_tuple(name, op, format, "f32", 0));
+  };
+  for (int i = 0; i < 3; ++i)
+    if (k.depthwise[i]) add("depthwise", std::to_string(2 * i + 3));
+  if (k.pool) add("pool");
+  if (k.map) add("map");
+  if (k.mean) add("mean");
+  if (k.gemv) add("gemv", "dense");
+}
+
 pybind11::list kernel_table(const std::string& isa) {
   const dass::KernelTable& table = dass::table_named(isa);
   pybind11::list rows;
   add_kernels(rows, table.f32, "f32", isa);
   add_kernels(rows, table.f64, "f64", isa);
+  add_dense(rows, *table.dense, isa);
   return rows;
 }
 

@@ -19,6 +19,7 @@ import sys
 
 import pytest
 import torch
+from program_checks import Net, check, kernel
 
 import dass_kernels as dk
 from dass_kernels import _C, testing
@@ -53,6 +54,30 @@ def conv_1x1(info, channels=3, outputs=None):
 def matrix(info, batch):
     weight, mask = random_weight((11, 40), 0.5, dtype=info.dtype)
     check_linear(randn(batch, 40, dtype=info.dtype), weight, mask, randn(11, dtype=info.dtype))
+
+
+def program(info):
+    """One layer of a compiled network, by the kernels of the table: no code is made for it."""
+    net = Net(5, 11, 20)
+    if info.op == "depthwise":
+        taps = int(info.format)
+        y = net.depthwise("x", taps, taps // 2, activation="relu6")
+    elif info.op == "pool":
+        y = net.window("x", "max", (3, 3), (2, 2), (1, 1, 1, 1))
+    elif info.op == "map":
+        y = net.act("x", "hardswish")
+    elif info.op == "mean":
+        y = net.mean("x")
+    else:
+        y = net.linear(net.mean("x"), 9)
+
+    def choose(plan):
+        kernel(False, 1, 4)(plan)
+        for step in plan.steps:
+            if step.kind == "depthwise":
+                step.fields["emitted"] = False
+
+    check(net.graph(y), choose=choose)
 
 
 def planes_with_gaps(info):
@@ -90,8 +115,10 @@ def exercise(info: testing.KernelInfo) -> None:
         conv_1x3(info, 1, height=height, width=width)
     elif info.op == "sddmm_direct":
         conv_1x3(info, lanes(info.dtype), height=17, width=vectors)
-    elif info.op == "gemv":
+    elif info.op == "gemv" and info.format == "bits":
         matrix(info, 1)
+    elif info.op in ("depthwise", "pool", "map", "mean", "gemv"):
+        program(info)
     else:
         raise AssertionError(f"no shape is known to reach {info.name}: add one here")
 
@@ -117,10 +144,13 @@ def test_the_table_describes_itself(isa):
     assert len({info.name for info in table}) == len(table)
     assert len(table) == dk.build_info()["kernels"][isa]
     for info in table:
-        assert info.name.endswith(f"__{isa}") and info.name.startswith(f"{info.op}_{info.format}_")
+        words = [info.op, info.format] if info.format else [info.op]
+        assert info.name.endswith(f"__{isa}") and info.name.startswith("_".join([*words, ""]))
         count = lanes(info.dtype, isa)
         assert info.pixels % count == 0 and info.pixels <= 16 * count
     assert {info.dtype for info in table} == {torch.float32, torch.float64}
+    assert {info.format for info in table if info.op == "depthwise"} == {"3", "5", "7"}
+    assert {info.op for info in table} >= {"pool", "map", "mean", "gemv"}
     for op in ("spmm", "spmm_table", "spmm_direct"):
         assert {info.format for info in table if info.op == op} == set(testing.FORMATS)
 
@@ -141,7 +171,8 @@ def kernel_symbols() -> dict[int, tuple[str, str]]:
         struct.unpack_from("<IIQQQQIIQQ", data, sections_at + i * size) for i in range(count)
     ]
     found = {}
-    pattern = re.compile(r"_ZN4dass\d+(avx512|avx2|scalar|neon)\d+(spmm|sddmm|gemv|transpose)\w*")
+    families = "spmm|sddmm|gemv|transpose|depthwise|pool|map|mean"
+    pattern = re.compile(rf"_ZN4dass\d+(avx512|avx2|scalar|neon)\d+({families})\w*")
     for _, kind, _, _, offset, length, link, *_ in headers:
         if kind != 2:  # SHT_SYMTAB
             continue

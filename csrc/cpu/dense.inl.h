@@ -40,7 +40,7 @@ DASS_INLINE void pool_down(const PoolArgs& a, const float* x, int64_t row) {
       const int64_t at = top + k * a.dilation_h;
       if (at < 0 || at >= a.in_rows) continue;
       const Vec<float> in = Vec<float>::load(x + at * a.x.pitch + v * lanes);
-      sum = a.maximum ? vmax(sum, in) : sum + in;
+      sum = a.maximum ? larger(sum, in) : sum + in;
     }
     sum.store(a.scratch + left + v * lanes);
   }
@@ -61,7 +61,7 @@ void pool(const PoolArgs& a) {
           Vec<float> sum = get(a.scratch, v);
           for (int64_t k = 1; k < a.kernel_w; ++k) {
             const Vec<float> in = get(a.scratch + k * a.dilation_w * a.y.pixel, v);
-            sum = a.maximum ? vmax(sum, in) : sum + in;
+            sum = a.maximum ? larger(sum, in) : sum + in;
           }
           if (!a.maximum) sum = sum * Vec<float>::set1(a.by_row[row]) * Vec<float>::load(a.by_column + v * lanes);
           if (a.scale || a.bias) sum = sum * scale + bias;

@@ -78,6 +78,11 @@ DASS_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) { return {_mm512
 DASS_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) { return {_mm512_mul_pd(a.r, b.r)}; }
 DASS_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) { return {_mm512_max_pd(a.r, b.r)}; }
 DASS_INLINE Vec<double> vmin(Vec<double> a, Vec<double> b) { return {_mm512_min_pd(a.r, b.r)}; }
+// NaN if either is.
+DASS_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) {
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.r, a.r, _CMP_UNORD_Q);
+  return {_mm512_mask_mov_ps(_mm512_max_ps(a.r, b.r), nan, a.r)};
+}
 
 #elif defined(DASS_ISA_AVX2)
 
@@ -168,6 +173,9 @@ DASS_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) { return {_mm256
 DASS_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) { return {_mm256_mul_pd(a.r, b.r)}; }
 DASS_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) { return {_mm256_max_pd(a.r, b.r)}; }
 DASS_INLINE Vec<double> vmin(Vec<double> a, Vec<double> b) { return {_mm256_min_pd(a.r, b.r)}; }
+DASS_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) {
+  return {_mm256_blendv_ps(_mm256_max_ps(a.r, b.r), a.r, _mm256_cmp_ps(a.r, a.r, _CMP_UNORD_Q))};
+}
 
 #elif defined(DASS_ISA_NEON)
 
@@ -250,6 +258,7 @@ DASS_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) { return {vaddq_
 DASS_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) { return {vmulq_f64(a.r, b.r)}; }
 DASS_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) { return {vmaxq_f64(a.r, b.r)}; }
 DASS_INLINE Vec<double> vmin(Vec<double> a, Vec<double> b) { return {vminq_f64(a.r, b.r)}; }
+DASS_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return vmax(a, b); }
 
 #else  // scalar
 
@@ -322,6 +331,10 @@ DASS_INLINE Vec<T> vmax(Vec<T> a, Vec<T> b) {
 template <class T>
 DASS_INLINE Vec<T> vmin(Vec<T> a, Vec<T> b) {
   return Vec<T>::make([&](int i) { return a.r[i] < b.r[i] ? a.r[i] : b.r[i]; });
+}
+template <class T>
+DASS_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
+  return Vec<T>::make([&](int i) { return a.r[i] > b.r[i] || a.r[i] != a.r[i] ? a.r[i] : b.r[i]; });
 }
 
 #endif

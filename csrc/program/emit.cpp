@@ -297,6 +297,12 @@ class Emitted : public EmittedRows {
   std::vector<float> weights_;
 };
 
+// Whether there are registers for the sums, the constants of the activation, a weight or pixels, and
+// for a mask of each vector.
+bool fits(const EmitTile& tile) {
+  return tile.height > 0 && tile.vectors > 0 && tile.vectors <= 7 && tile.height * tile.vectors + 3 <= kRegisters;
+}
+
 // At most this many bytes of code for these rows.
 size_t code_bound(const SparseRows& m, const EmitTile& tile) {
   const size_t tiles = (m.rows() + tile.height - 1) / tile.height, stages = tile.cuts.size() + 1;
@@ -324,7 +330,7 @@ const char* emit_unavailable() {
 }
 
 std::unique_ptr<EmittedRows> emit_rows(const SparseRows& rows, const EmitTile& tile) {
-  if (emit_unavailable() || rows.rows() == 0) return nullptr;
+  if (emit_unavailable() || rows.rows() == 0 || !fits(tile)) return nullptr;
   if (rows.activation == kHardswish) return nullptr;
   const size_t bytes = code_bound(rows, tile);
   if (bytes > kMostCode) return nullptr;

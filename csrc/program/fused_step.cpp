@@ -96,7 +96,8 @@ class FusedStep : public Step {
     }
     if (project_) {
       const int64_t lanes = project_->lanes(), rows = strip.end - row;
-      const int64_t end = (rows - 1) * d.y.pitch + d.y.columns;
+      // Zeros right of its last row, too; those behind the picture are written apart.
+      const int64_t end = (rows - 1) * d.y.pitch + (strip.end < d.y.rows ? d.y.pitch : d.y.columns);
       strip.project.add_flat({0, (end + lanes - 1) / lanes, 0, row * d.y.pitch, 0, rows, d.y.pitch, d.y.columns, 0},
                              lanes);
     }
@@ -125,7 +126,7 @@ class FusedStep : public Step {
     }
   }
 
-  // Rows of zeros above and below the picture.
+  // Rows of zeros above and below the picture, and what lies right of the last row that is computed.
   void zero_outside(const Strip& strip, float* scratch, int64_t channels) const {
     const Place& x = s_.depthwise.x;
     const int64_t lanes = expand_->lanes();
@@ -134,8 +135,7 @@ class FusedStep : public Step {
     const int64_t all = ceil_line(strip.to * x.pitch - strip.base);
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t i = 0; i < -strip.base; ++i) scratch[c * x.channel + i] = 0.0f;
-      if (strip.to > x.rows)
-        for (int64_t i = done; i < all; ++i) scratch[c * x.channel + i] = 0.0f;
+      for (int64_t i = done; i < all; ++i) scratch[c * x.channel + i] = 0.0f;
     }
   }
 
