@@ -29,6 +29,12 @@ Place place(const py::dict& d, const char* key) {
           integer(p, "pitch"), integer(p, "pad"),     integer(p, "pixel")};
 }
 
+// What most steps lack may be left out.
+template <class T>
+T get_or(const py::dict& d, const char* key, T otherwise) {
+  return d.contains(key) ? d[key].cast<T>() : otherwise;
+}
+
 template <class T>
 std::vector<T> array(const py::dict& d, const char* key) {
   const auto a = get<py::array_t<T, py::array::c_style | py::array::forcecast>>(d, key);
@@ -48,9 +54,9 @@ RowsSpec rows(const py::dict& d) {
   s.values = array<float>(d, "values");
   s.bias = array<float>(d, "bias");
   s.activation = activation(d);
-  s.relu_in = get<bool>(d, "relu_in");
-  s.kernel = {get<bool>(d, "emitted"), integer(d, "height"), integer(d, "vectors"),
-              integer(d, "chunk"),     integer(d, "deep"),   integer(d, "depth")};
+  s.relu_in = get_or(d, "relu_in", false);
+  s.kernel = {get<bool>(d, "emitted"), integer(d, "height"),          integer(d, "vectors"),
+              integer(d, "chunk"),     get_or<int64_t>(d, "deep", 1), get_or<int64_t>(d, "depth", 0)};
   return s;
 }
 
@@ -68,7 +74,7 @@ DepthwiseSpec depthwise(const py::dict& d) {
           array<float>(d, "bias"),
           activation(d),
           get<bool>(d, "emitted"),
-          get<bool>(d, "relu_in")};
+          get_or(d, "relu_in", false)};
 }
 
 StepPtr fused(const py::dict& d) {
@@ -103,7 +109,7 @@ StepPtr pool(const py::dict& d) {
              {},
              false,
              false};
-  s.relu_in = get<bool>(d, "relu_in");
+  s.relu_in = get_or(d, "relu_in", false);
   s.has_residual = d.contains("residual");
   if (s.has_residual) s.residual = place(d, "residual");
   return make_pool(std::move(s));

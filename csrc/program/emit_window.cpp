@@ -205,9 +205,16 @@ class Emitter : public Xbyak::CodeGenerator {
     if (k == 0)
       combined_ = in.getIdx();
     else if (g_.op == kMaximum)
-      vmaxps(zmm(combined_), zmm(combined_), in);
+      larger(zmm(combined_), in);
     else
       vaddps(zmm(combined_), zmm(combined_), in);
+  }
+
+  // vmaxps takes its second source when either is NaN: where the first one is, it stays.
+  void larger(const Xbyak::Zmm& sum, const Xbyak::Zmm& in) {
+    constexpr int kOrdered = 7;
+    vcmpps(k4, sum, sum, kOrdered);
+    vmaxps(sum | k4, sum, in);
   }
 
   void accumulate(int rows, int64_t row, int i, int k, const Xbyak::Zmm& tap_in) {
@@ -224,7 +231,7 @@ class Emitter : public Xbyak::CodeGenerator {
       const Xbyak::Zmm sum = zmm(sums_ + r);
       const int w = down * static_cast<int>(g_.kernel_w) + k;
       if (g_.op == kMaximum)
-        vmaxps(sum, sum, in);
+        larger(sum, in);
       else if (g_.op == kMean)
         vaddps(sum, sum, in);
       else if (taps() == 1)
@@ -277,10 +284,11 @@ class Emitter : public Xbyak::CodeGenerator {
         borders_.push_back(mask);
       }
   }
-  // Of a tensor of the call nothing past a row is read. With stride 2 the last lane of two is not used,
-  // so that a row may also be read from its second pixel on.
+  // Of a tensor of the call nothing past a row is read. Rows of even length may also be read from their
+  // second pixel on: the last lane of two registers is not used then.
   void load(const Xbyak::Zmm& to, int64_t from, int64_t column) {
-    const uint32_t mask = g_.exact ? lanes_inside(column + g_.stride - 1, 1) : 0xffff;
+    const bool second = g_.stride == 2 && g_.in_columns % 2 == 0;
+    const uint32_t mask = g_.exact ? lanes_inside(column + second, 1) : 0xffff;
     if (mask == 0xffff) return vmovups(to, at(r8, from));
     set_mask(k4, mask);
     vmovups(to | k4 | T_z, at(r8, from));
