@@ -1,15 +1,12 @@
 """The engine computes what the model does: every network of the zoo, batches, threads, layouts."""
 
 import copy
-import threading
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import dass
-import dass_kernels
 
 
 def lively(model, shape):
