@@ -26,7 +26,8 @@ from dass.engine.programs import Decisions
 from dass.engine.tuning import Kernel
 from dass.sealed import ENGINE, read_header, read_tensors, write_sealed
 
-MOST_ELEMENTS = 2**31  # of one tensor: offsets are int32
+MOST_ELEMENTS = 2**31  # of one picture: offsets are int32
+MOST_WEIGHTS = 2**30  # of all: what a file may have allocated before its graph is known to fit
 KINDS = {
     kind.__name__: kind
     for kind in (
@@ -78,9 +79,8 @@ def write_engine(path: str | os.PathLike, saved: Saved) -> None:
         "outputs": saved.graph.outputs,
         "batch": saved.graph.batch,
     }
-    for node in saved.graph:
-        if isinstance(node, g.Torch):
-            check_operation(node)
+    _check_entries(entries)
+    check_graph(saved.graph)
     programs = [
         {"segment": index, "side_by_side": wide, **dataclasses.asdict(decisions)}
         for (index, wide), decisions in saved.programs.items()
@@ -107,7 +107,7 @@ def _describe(node: g.Node, keep: Callable[[str, Tensor], dict]) -> dict:
         return value
 
     fields = {f.name: plain(f.name, getattr(node, f.name)) for f in dataclasses.fields(node)}
-    return {"kind": type(node).__name__, **fields}
+    return {"node": type(node).__name__, **fields}
 
 
 def read_engine(path: str | os.PathLike) -> Saved:
@@ -151,12 +151,14 @@ def read_engine(path: str | os.PathLike) -> Saved:
 
 
 def _check_entries(entries: dict) -> None:
-    for key, entry in entries.items():
+    total = 0
+    for entry in entries.values():
         shape = _list(_integer)(entry["shape"])
         if entry["dtype"] not in DTYPES or min(shape, default=0) < 0:
             raise ValueError(f"unknown {entry}")
-        if math.prod(shape) > MOST_ELEMENTS:
-            raise ValueError(f"{key} would have {math.prod(shape):,} elements")
+        total += math.prod(shape)
+    if total > MOST_WEIGHTS:
+        raise ValueError(f"{total:,} weights, at most {MOST_WEIGHTS:,} are allowed")
 
 
 # Fields, by their types' names in `dass.engine.graph`.
@@ -213,7 +215,7 @@ _READ = {
 
 
 def _node(row: dict, tensors: dict[str, Tensor]) -> g.Node:
-    kind = KINDS[row["kind"]]
+    kind = KINDS[row["node"]]
 
     def read(field: dataclasses.Field):
         value = row[field.name]
@@ -254,7 +256,7 @@ def check_graph(graph: g.Graph) -> None:
         raise ValueError("a network has one input, its first node, and one output")
     values: dict[str, Tensor] = {}
     for node in graph:
-        if node.name in values or not re.fullmatch(r"\w+", node.name):
+        if node.name in values or not re.fullmatch(r"[\w.]+", node.name):
             raise ValueError(f"the name {node.name!r} is taken or none")
         if math.prod(node.shape) > MOST_ELEMENTS or len(node.shape) > 6:
             raise ValueError(f"{node.name} is {node.shape}")
