@@ -6,7 +6,7 @@ import random
 from itertools import product
 
 import pytest
-from program_checks import SIMPLE, Net, check, kernel
+from program_checks import SIMPLE, Net, check, emits, kernel
 
 import dass_kernels as dk
 from dass.engine.depth_first import Fusion, groups
@@ -36,10 +36,6 @@ def fusion(names, members: str, strip: int) -> Fusion:
     a, b, c = names
     expand, project = MEMBERS[members]
     return Fusion(b, a if expand else None, c if project else None, strip)
-
-
-def emits() -> bool:
-    return dk.emit_unavailable() is None
 
 
 @pytest.mark.parametrize("members", MEMBERS)

@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -109,6 +109,19 @@ def products(plan: Plan) -> list[Step]:
 
 def set_kernel(step: Step, kernel: Kernel) -> None:
     step.fields.update(vars(kernel))
+
+
+def kernel_of(step: Step) -> Kernel:
+    """The one that `set_kernel` set."""
+    return Kernel(**{each.name: step.fields[each.name] for each in fields(Kernel)})
+
+
+def exists(kernel: Kernel) -> bool:
+    """Whether it is one of those that are tried, with any chunk or depth."""
+    known = (*TEMPLATES, *EMITTED, *STAGED, *DEEP)
+    plain = replace(kernel, chunk=0, depth=0)
+    sizes = kernel.chunk >= 0 and kernel.depth >= 0
+    return sizes and plain in [replace(each, chunk=0, depth=0) for each in known]
 
 
 def signature(plan: Plan, step: Step) -> str:
