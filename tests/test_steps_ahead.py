@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from program_checks import Net, check, check_layouts, emits, kernel
+from program_checks import Net, check, check_layouts, emits, kernel, layouts
 
 from dass.engine import ahead, tuning
 from dass.engine import graph as g
@@ -93,4 +93,5 @@ def test_products_in_stages_and_in_blocks_of_rows(isa, shape):
     options = [*tuning.DEEP, *(k for k in tuning.TEMPLATES if k.depth)]
     options += tuning.STAGED if emits() else ()
     for each in dict.fromkeys(options):
-        check_layouts(graph, choose=kernel(**vars(each)))
+        for pixel, batch in (layouts()[0], layouts()[4]):
+            check(graph, pixel, batch, choose=kernel(**vars(each)))

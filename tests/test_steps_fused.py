@@ -8,7 +8,6 @@ from itertools import product
 import pytest
 from program_checks import SIMPLE, Net, check, emits, kernel
 
-import dass_kernels as dk
 from dass.engine.depth_first import Fusion, groups
 from dass.engine.steps import suits_depthwise
 

@@ -95,11 +95,15 @@ RowsRunner::RowsRunner(const RowsSpec& spec, RowsKernel kernel, bool sort)
     for (int64_t t = 0; t <= emitted_->tiles(); ++t) begins_.push_back(rows_.rows() * t / emitted_->tiles());
     return;
   }
-  kernel_.vectors = std::min<int64_t>(kernel_.vectors, table_.f32.max_vectors[0]);
-  // Two runs are of more than kRunVectors vectors, four of four.
-  if (kernel_.deep == 4 ? kernel_.vectors != 16 || !table_.f32.squares[0]
-                        : kernel_.deep != 2 || kernel_.vectors % 2 || kernel_.vectors <= kRunVectors)
-    kernel_.vectors /= kernel_.deep, kernel_.deep = 1;
+  // Two runs are of more than kRunVectors vectors, four of four each.
+  const int64_t most = table_.f32.max_vectors[0], vectors = kernel_.vectors;
+  const bool two = kernel_.deep == 2 && vectors % 2 == 0 && vectors > kRunVectors && vectors <= most;
+  const bool four = kernel_.deep == 4 && vectors == 16 && table_.f32.squares[0];
+  if (!two && !four) {
+    kernel_.vectors = std::max<int64_t>(1, vectors / kernel_.deep);
+    kernel_.deep = 1;
+  }
+  kernel_.vectors = std::min(kernel_.vectors, most);
   begins_ = balanced(rows_, std::max<int64_t>(1, std::min<int64_t>(16, rows_.rows())));
 }
 
