@@ -179,3 +179,14 @@ def test_groups_depth_first(side, expand, project):
                 built.program.run([x, got])
                 error = (got - want).abs().max().item()
                 assert error <= 1e-5 * want.abs().max().item()
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
+    cache, x = tmp_path / "kernels.json", torch.zeros(1, 3, 16, 16)
+    model = dass.zoo.create("mobilenet_v2", width=0.25).eval()
+    monkeypatch.setattr(tuning, "RUNS", 1)
+    first = dass.compile(model, x, cache=cache)
+    assert any(key.startswith("group: ") for key in first.built(0, False).decisions.measured)
+    monkeypatch.setattr(tuning, "_profiles", lambda *_: pytest.fail("measured again"))
+    again = dass.compile(model, x, cache=cache)
+    assert again.built(0, False).decisions == first.built(0, False).decisions

@@ -314,9 +314,16 @@ def _read(path: Path | None) -> dict[str, dict]:
         return {}
     try:
         found = json.loads(path.read_text())[machine_key()]
-        return {key: row for key, row in found.items() if Kernel(**row["kernel"])}
+        return {key: row for key, row in found.items() if _is_choice(row)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _is_choice(row: dict) -> bool:
+    """Of a product ("kernel") or a group ("how"). Raises KeyError or TypeError for anything else."""
+    if "kernel" in row:
+        return exists(Kernel(**row["kernel"]))
+    return isinstance(row["how"]["strip"], int)
 
 
 def _write(path: Path | None, measured: dict[str, dict]) -> None:
