@@ -320,7 +320,7 @@ def _read(path: Path | None) -> dict[str, dict]:
 
 
 def _is_choice(row: dict) -> bool:
-    """Of a product ("kernel") or a group ("how"). Raises KeyError or TypeError for anything else."""
+    """Of a product ("kernel") or a group ("how"); KeyError or TypeError for anything else."""
     if "kernel" in row:
         return exists(Kernel(**row["kernel"]))
     return isinstance(row["how"]["strip"], int)
