@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from dass.convert import densify
@@ -19,7 +19,7 @@ from dass.convert import densify
 # What treats every channel alike and leaves dimension 1 where it is, as far as the shape shows.
 _ACTIVATIONS = """relu relu6 hardtanh silu sigmoid hardswish hardsigmoid leaky_relu elu gelu tanh
 mish clamp neg abs exp"""
-_COPIES = "dropout clone contiguous alias detach to zeros_like flatten view reshape squeeze"
+_COPIES = "dropout clone contiguous alias detach to zeros_like flatten view reshape squeeze slice"
 _POOLS = """max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d
 upsample_bilinear2d"""
 _CHANNELWISE = frozenset(f"{_ACTIVATIONS} {_COPIES} {_POOLS}".split())
@@ -53,7 +53,7 @@ def channel_groups(model: nn.Module, example_inputs: tuple) -> list[ChannelGroup
     except Exception as error:
         raise ValueError(f"torch.export cannot trace the network: {error}") from error
     places: dict[_Run, list[tuple[str, int, int]]] = {}
-    for (name, dim), runs in _Walk(program).axes.items():
+    for (name, dim), runs in _Walk(program, _one_name_each(model)).axes.items():
         first = 0
         for run in _leaves(runs):
             places.setdefault(run, []).append((name, dim, first))
@@ -63,6 +63,16 @@ def channel_groups(model: nn.Module, example_inputs: tuple) -> list[ChannelGroup
         for run, found in places.items()
         if run.size > 1 and not run.fixed
     ]
+
+
+def _one_name_each(model: nn.Module) -> dict[str, str]:
+    """Every name of a Parameter or buffer -> the first one of the same tensor."""
+    first: dict[Tensor, str] = {}
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {name: first.setdefault(tensor, name) for name, tensor in named}
 
 
 @dataclass(eq=False)
@@ -110,21 +120,17 @@ def _fix(runs: list[_Run]) -> None:
 class _Walk:
     """One pass over a traced network. axes: (tensor, dimension) -> the channels that it counts."""
 
-    def __init__(self, program: torch.export.ExportedProgram):
+    def __init__(self, program: torch.export.ExportedProgram, one_name: dict[str, str]):
         signature = program.graph_signature
-        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        parameters = signature.inputs_to_parameters
+        names = {**parameters, **signature.inputs_to_buffers}
         self.axes: dict[tuple[str, int], list[_Run]] = {}
         self.values: dict[Node, list[_Run]] = {}  # channels of an activation, dimension 1
         self.tensors: dict[Node, str] = {}
         odd: set[str] = set()  # tensors that something without a rule reads
         for node in program.graph.nodes:
             if node.op == "placeholder" and node.name in names:
-                self.tensors[node] = names[node.name]
-                if not node.users and node.name in signature.inputs_to_parameters:
-                    raise ValueError(
-                        f"{names[node.name]} is not used in eval mode: the order of the channels "
-                        "that it reads is not known"
-                    )
+                self.tensors[node] = one_name[names[node.name]]
                 continue
             rule = self._rule(node)
             runs = rule(node) if rule else None
@@ -137,6 +143,13 @@ class _Walk:
         for (name, _), runs in self.axes.items():
             if name in odd:
                 _fix(runs)
+        used = {name for node, name in self.tensors.items() if node.users}
+        for name in map(one_name.get, parameters.values()):
+            if name not in used:
+                raise ValueError(
+                    f"{name} is not used in eval mode: the order of the channels that it reads is "
+                    "not known"
+                )
 
     def _rule(self, node: Node) -> Callable[[Node], list[_Run] | None] | None:
         """The rule of a node: -> its channels, or None where they have to stay."""
@@ -162,7 +175,8 @@ class _Walk:
     def _channelwise(self, node: Node) -> list[_Run] | None:
         source = node.args[0]
         same = _shape(source)[:2] == _shape(node)[:2] and len(_shape(node)) > 1
-        return self.values.get(source) if same else None
+        alone = node.all_input_nodes == [source]  # no bound or slope of each channel's own
+        return self.values.get(source) if same and alone else None
 
     def _mean(self, node: Node) -> list[_Run] | None:
         source, dims = node.args[0], _argument(node, 1, "dim", None)
@@ -170,9 +184,6 @@ class _Walk:
         if dims is None or any(dim % rank < 2 for dim in dims):
             return None
         return self._channelwise(node)
-
-    def _slice(self, node: Node) -> list[_Run] | None:
-        return None if _argument(node, 1, "dim", 0) == 1 else self._channelwise(node)
 
     def _pairwise(self, node: Node) -> list[_Run] | None:
         sources = [source for source in node.args[:2] if isinstance(source, Node)]

@@ -279,20 +279,22 @@ def _exchange(group: ChannelGroup, layers: dict[str, _Layer]) -> Tensor:
     places = [place for place in group.places if place[0] in layers]
     counting = [place for place in places if place[1] in layers[place[0]].dims()]
     involved = {id(layers[name]): layers[name] for name, _, _ in counting}.values()
-    order = torch.arange(group.size)
+    order = same = torch.arange(group.size)
     step = _rows_per_round(group.size, [layers[name].energy.numel() for name, _, _ in counting])
+    kept = sum(layer.kept() for layer in involved)
     start = idle = 0
     for _ in range(_ROUNDS if counting else 0):
         some = range(start, min(start + step, group.size))
-        swap = _best_swaps(counting, layers, group.size, some)
-        kept = sum(layer.kept() for layer in involved)
-        _move(places, layers, swap)
-        if sum(layer.kept() for layer in involved) > kept:
-            order, idle = order[swap], 0
-        else:
-            _move(places, layers, swap.argsort())
-            idle += len(some)
         start = 0 if some.stop == group.size else some.stop
+        swap = _best_swaps(counting, layers, group.size, some)
+        idle += len(some)
+        if not torch.equal(swap, same):
+            _move(places, layers, swap)
+            now = sum(layer.kept() for layer in involved)
+            if now > kept:
+                order, kept, idle = order[swap], now, 0
+            else:  # with the masks chosen anew it did not pay
+                _move(places, layers, swap.argsort())
         if idle >= group.size:
             break
     return order
