@@ -5,11 +5,13 @@ their sparse twins in place. `dass.schedule` does it step by step while the mode
 """
 
 import difflib
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,9 @@ from dass.masks import (
 )
 from dass.nn import SparseConv2d, SparseLinear
 
+if TYPE_CHECKING:
+    from dass.permutation import PermuteReport
+
 METHODS = ("magnitude", "random")
 EXCLUDE_WORDS = ("depthwise", "first", "last")
 Score = Callable[[str, nn.Module], Tensor]
@@ -35,7 +40,8 @@ Score = Callable[[str, nn.Module], Tensor]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One pruned layer. names: every name it goes by (shared module or tied weight)."""
+    """One pruned layer. names: every name it goes by (shared module or tied weight). norm: that of
+    its weight before, of which the mask keeps the share `norm_kept`."""
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -43,6 +49,7 @@ class LayerReport:
     kept: int
     norm_kept: float
     pattern: str
+    norm: float
 
     @property
     def density(self) -> float:
@@ -62,6 +69,7 @@ class PruneReport:
     pattern: str
     layers: tuple[LayerReport, ...]
     skipped: tuple[tuple[str, str], ...] = ()
+    permuted: "PermuteReport | None" = None
 
     @property
     def weights(self) -> int:
@@ -79,6 +87,13 @@ class PruneReport:
     def sparsity(self) -> float:
         return 1 - self.density
 
+    @property
+    def norm_kept(self) -> float:
+        """`||w m|| / ||w||` over all layers together."""
+        total = sum(row.norm**2 for row in self.layers)
+        kept = sum((row.norm * row.norm_kept) ** 2 for row in self.layers)
+        return math.sqrt(kept / total) if total else 1.0
+
     def to_dict(self) -> dict:
         """Plain numbers, strings, lists and dicts, as JSON knows them."""
         layers = [
@@ -86,8 +101,11 @@ class PruneReport:
             for row in self.layers
         ]
         skipped = [{"name": name, "reason": reason} for name, reason in self.skipped]
-        totals = {key: getattr(self, key) for key in ("weights", "kept", "density", "sparsity")}
-        return {**asdict(self), **totals, "layers": layers, "skipped": skipped}
+        keys = ("weights", "kept", "density", "sparsity", "norm_kept")
+        totals = {key: getattr(self, key) for key in keys}
+        permuted = self.permuted.to_dict() if self.permuted else None
+        more = {"layers": layers, "skipped": skipped, "permuted": permuted}
+        return {**asdict(self), **totals, **more}
 
     def __str__(self) -> str:
         table = [("layer", "shape", "weights", "kept", "density", "norm kept", "pattern")]
@@ -96,7 +114,7 @@ class PruneReport:
             numbers = (f"{row.weights:,}", f"{row.kept:,}", f"{row.density:.2%}")
             table.append((name, shape, *numbers, f"{row.norm_kept:.2%}", row.pattern))
         totals = (f"{self.weights:,}", f"{self.kept:,}", f"{self.density:.2%}")
-        table.append((f"all {len(self.layers)}", "", *totals, "", ""))
+        table.append((f"all {len(self.layers)}", "", *totals, f"{self.norm_kept:.2%}", ""))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         justify = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust, str.ljust)
         lines = [
@@ -107,6 +125,7 @@ class PruneReport:
             f"{self.method}, {self.scope}, {self.pattern}: "
             f"sparsity {self.sparsity:.4%}, asked for {self.requested:.4%}"
         )
+        lines += [str(self.permuted)] if self.permuted else []
         lines += [f"left dense: {name} ({reason})" for name, reason in self.skipped]
         return "\n".join(lines)
 
@@ -210,6 +229,7 @@ class Rule:
                 kept=int(mask.sum()),
                 norm_kept=norm_kept(unit.weight, mask),
                 pattern=self.pattern_of(unit),
+                norm=unit.weight.detach().double().norm().item(),
             )
             for unit, mask in zip(units, masks, strict=True)
         )
@@ -227,6 +247,8 @@ def prune(
     floor: int | float = 1,
     seed: int = 0,
     densities: Mapping[str, float] | None = None,
+    permute: bool = False,
+    example_inputs: Tensor | tuple | None = None,
 ) -> PruneReport:
     """Prune `model` in place to `sparsity` in [0, 1) over its Conv2d and Linear weights.
 
@@ -247,6 +269,8 @@ def prune(
     floor: the least that a layer keeps, as a count (int) or a density (float in (0, 1)).
     densities: name of a layer -> its own density in (0, 1], such as what `edge_densities()` of a
         network of a searched genotype returns. Sparsity and scope are then those of the others.
+    permute: first give the channels an order in which the pattern keeps more (`dass.permute`, which
+        see; magnitude only), with `example_inputs`; a network of the zoo needs none.
 
     A module registered under several names stays one module. Layers tied by one weight Parameter
     stay tied, get one mask and count once. Raises ValueError where a weight is also used by a
@@ -258,7 +282,14 @@ def prune(
     rule.check_sparsity(sparsity)
     units, skipped = find_units(model, exclude)
     masks = rule.masks(units, sparsity)
-    report = rule.report(units, masks, sparsity, skipped)
+    permuted = None
+    if permute:
+        from dass.permutation import example_of, permute_for  # which builds on this module
+
+        inputs = example_of(model) if example_inputs is None else example_inputs
+        permuted = permute_for(rule, model, inputs, units, sparsity)
+        masks = rule.masks(units, sparsity)
+    report = replace(rule.report(units, masks, sparsity, skipped), permuted=permuted)
     apply_masks(model, units, masks, rule)
     return report
 

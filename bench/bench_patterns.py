@@ -1,0 +1,194 @@
+"""What a pattern costs in accuracy: one network, pruned by each, fine-tuned by the same steps.
+
+    python -m bench.bench_patterns --run runs/patterns                 # CIFAR-10, 20,000 images
+    python -m bench.bench_patterns --run runs/quick --data digits --images 600 --width 0.125
+
+A seed trains the network once. Each pattern then starts from those weights, at each sparsity, with
+the channels as they are and permuted (`dass.permute`), and sees the same images in the same order.
+Accuracy is that of the test part after the last step; nothing is chosen by it. A row that the
+folder holds is kept: a run that was broken off, or is asked for more seeds, goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bench.table import markdown
+from dass import zoo
+from dass.data import ImageDataset, load
+from dass.pruning import prune
+from dass.runs import RunFolder
+from dass.timing import machine_facts
+from dass.training import TrainConfig, evaluate, train
+
+PATTERNS = ("unstructured", "4x1", "8x1", "16x1", "16x2", "32x2")
+EXCLUDE = ("first", "last")
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = found.add_argument
+    add("--run", type=Path, default=Path("runs/patterns"), help="folder of rows and table")
+    add("--network", default="resnet18", help="of the zoo")
+    add("--width", type=float, default=0.25, help="multiplies its channels")
+    add("--data", default="cifar10", help="a name of dass.data.load")
+    add("--images", type=int, default=20_000, help="of the training part, stratified")
+    add("--epochs", type=int, default=6, help="of dense training")
+    add("--lr", type=float, default=0.1, help="highest rate of it")
+    add("--finetune-epochs", type=int, default=1, help="after pruning")
+    add("--finetune-lr", type=float, default=0.05, help="highest rate of it")
+    add("--patterns", default=",".join(PATTERNS))
+    add("--sparsities", default="0.9,0.95")
+    add("--seeds", type=int, default=1, help="0 .. SEEDS - 1: of weights, order and augmentation")
+    return found
+
+
+def rows_of(options: argparse.Namespace) -> Iterator[tuple[int, float, str, bool]]:
+    """(seed, sparsity, pattern, permuted), the seeds one after the other."""
+    for seed in range(options.seeds):
+        for sparsity in map(float, options.sparsities.split(",")):
+            for pattern in options.patterns.split(","):
+                for permuted in (False, True)[: 1 if pattern == "unstructured" else 2]:
+                    yield seed, sparsity, pattern, permuted
+
+
+class Experiment:
+    """A run folder, its data and the dense network of the seed at hand."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        several = ("run", "patterns", "sparsities", "seeds")
+        settings = {key: value for key, value in vars(options).items() if key not in several}
+        self.run = RunFolder(options.run, {"bench": "patterns", **settings})
+        self.data = load(options.data, limit=options.images)
+        self.test = load(options.data, train=False)
+        self.seed, self.weights = None, {}
+
+    def network(self) -> nn.Module:
+        options = self.options
+        classes, channels = len(self.data.classes), self.data.shape[0]
+        return zoo.create(options.network, classes, width=options.width, in_channels=channels)
+
+    def dense(self, seed: int) -> dict:
+        """The weights after dense training, which is done at most once."""
+        if seed != self.seed:
+            torch.manual_seed(seed)
+            model, path = self.network(), self.run.path / f"dense-{seed}.pt"
+            config = TrainConfig(epochs=self.options.epochs, lr=self.options.lr, seed=seed)
+            train(model, self.data, config, test=self.test, checkpoint=path)
+            self.seed, self.weights = seed, model.state_dict()
+            row = {"seed": seed, "accuracy": evaluate(model, self.test).accuracy}
+            print(f"dense {seed}: {row['accuracy']:.2%}", flush=True)
+            self.run.finish(f"dense {seed}", row)
+        return self.weights
+
+    def row(self, seed: int, sparsity: float, pattern: str, permuted: bool) -> dict:
+        """One pruned and fine-tuned network, or what an earlier run found for it."""
+        name = f"{seed} {sparsity} {pattern} {'permuted' if permuted else 'as it is'}"
+        if (found := self.run.stage(name)) is not None:
+            return found
+        model = self.network()
+        model.load_state_dict(self.dense(seed))
+        start = time.perf_counter()
+        report = prune(
+            model,
+            sparsity,
+            pattern=pattern,
+            exclude=EXCLUDE,
+            permute=permuted,
+            example_inputs=torch.zeros(1, *self.data.shape),
+        )
+        seconds = time.perf_counter() - start
+        before = evaluate(model, self.test).accuracy
+        config = TrainConfig(
+            epochs=self.options.finetune_epochs, lr=self.options.finetune_lr, seed=seed
+        )
+        done = train(model, self.data, config)
+        row = {
+            "seed": seed,
+            "sparsity": sparsity,
+            "pattern": pattern,
+            "permuted": permuted,
+            "density": report.density,
+            "kept": report.kept,
+            "weights": report.weights,
+            "norm_kept": report.norm_kept,
+            "accuracy_before": before,
+            "accuracy": evaluate(model, self.test).accuracy,
+            "test_images": len(self.test),
+            "prune_seconds": seconds,
+            "finetune_seconds": done.seconds,
+        }
+        print(
+            f"{name}: norm {row['norm_kept']:.2%}, density {row['density']:.4%}, "
+            f"accuracy {before:.2%} -> {row['accuracy']:.2%}",
+            flush=True,
+        )
+        return self.run.finish(name, row)
+
+
+def table(rows: list[dict]) -> str:
+    """Patterns by sparsity: norm kept and accuracy, the mean and, of several seeds, the range."""
+    sparsities = sorted({row["sparsity"] for row in rows})
+    keys = dict.fromkeys((row["pattern"], row["permuted"]) for row in rows)
+    header = ["pattern", "channels"]
+    for sparsity in sparsities:
+        header += [f"{sparsity:.0%}: norm kept", "weights kept", "accuracy before", "fine-tuned"]
+    lines = []
+    for pattern, permuted in keys:
+        line = [pattern, "permuted" if permuted else "as they are"]
+        for sparsity in sparsities:
+            own = [
+                row
+                for row in rows
+                if (row["pattern"], row["permuted"], row["sparsity"])
+                == (pattern, permuted, sparsity)
+            ]
+            line += [
+                _spread(own, key) for key in ("norm_kept", "density", "accuracy_before", "accuracy")
+            ]
+        lines.append(line)
+    return markdown(header, lines)
+
+
+def _spread(rows: list[dict], key: str) -> str:
+    values = [100 * row[key] for row in rows]
+    if not values:
+        return ""
+    spread = f" ({min(values):.2f} to {max(values):.2f})" if max(values) > min(values) else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    experiment = Experiment(options)
+    rows = [experiment.row(*key) for key in rows_of(options)]
+    dense = [experiment.run.stage(f"dense {seed}") for seed in range(options.seeds)]
+    document = {
+        "facts": machine_facts(),
+        "settings": experiment.run.settings,
+        "data": describe(experiment.data, experiment.test),
+        "dense": dense,
+        "rows": rows,
+    }
+    text = table(rows)
+    (options.run / "patterns.json").write_text(json.dumps(document, indent=1) + "\n")
+    (options.run / "patterns.md").write_text(text + "\n")
+    accuracies = ", ".join(f"{row['accuracy']:.2%}" for row in dense)
+    print(f"\ndense: {accuracies}\n\n{text}\n\nwritten: {options.run / 'patterns.json'}, .md")
+
+
+def describe(data: ImageDataset, test: ImageDataset) -> dict:
+    return {"name": data.name, "train": len(data), "test": len(test), "shape": [*data.shape]}
+
+
+if __name__ == "__main__":
+    main()
