@@ -15,7 +15,8 @@ from dass.distributed import on_rank_zero
 from dass.files import save
 from dass.logs import RunLog
 from dass.nn import SparseConv2d, SparseLinear
-from dass.pruning import PruneReport, prune
+from dass.prune_report import PruneReport
+from dass.pruning import prune
 from dass.report import Report, Section, Table
 from dass.runs import RunFolder, UserError
 from dass.sources import (
