@@ -12,6 +12,7 @@ folder holds is kept: a run that was broken off, or is asked for more seeds, goe
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -27,7 +28,7 @@ from dass.data import ImageDataset, load
 from dass.pruning import prune
 from dass.runs import RunFolder
 from dass.timing import machine_facts
-from dass.training import TrainConfig, evaluate, train
+from dass.training import TrainConfig, TrainResult, evaluate, train
 
 PATTERNS = ("unstructured", "4x1", "8x1", "16x1", "16x2", "32x2")
 EXCLUDE = ("first", "last")
@@ -43,21 +44,23 @@ def parser() -> argparse.ArgumentParser:
     add("--images", type=int, default=20_000, help="of the training part, stratified")
     add("--epochs", type=int, default=6, help="of dense training")
     add("--lr", type=float, default=0.1, help="highest rate of it")
+    add("--finetune-images", type=int, default=20_000, help="of those images, stratified")
     add("--finetune-epochs", type=int, default=1, help="after pruning")
     add("--finetune-lr", type=float, default=0.05, help="highest rate of it")
     add("--patterns", default=",".join(PATTERNS))
     add("--sparsities", default="0.9,0.95")
-    add("--seeds", type=int, default=1, help="0 .. SEEDS - 1: of weights, order and augmentation")
+    add("--seeds", type=int, default=1, help="dense networks: of weights, order, augmentation")
+    add("--finetune-seeds", type=int, default=1, help="fine-tunings of each pruned network")
     return found
 
 
-def rows_of(options: argparse.Namespace) -> Iterator[tuple[int, float, str, bool]]:
-    """(seed, sparsity, pattern, permuted), the seeds one after the other."""
-    for seed in range(options.seeds):
-        for sparsity in map(float, options.sparsities.split(",")):
-            for pattern in options.patterns.split(","):
-                for permuted in (False, True)[: 1 if pattern == "unstructured" else 2]:
-                    yield seed, sparsity, pattern, permuted
+def rows_of(options: argparse.Namespace) -> Iterator[tuple[int, int, float, str, bool]]:
+    """(seed, seed of the fine-tuning, sparsity, pattern, permuted), the seeds outermost."""
+    sparsities, patterns = options.sparsities.split(","), options.patterns.split(",")
+    for seed, again in itertools.product(range(options.seeds), range(options.finetune_seeds)):
+        for sparsity, pattern in itertools.product(map(float, sparsities), patterns):
+            for permuted in (False, True)[: 1 if pattern == "unstructured" else 2]:
+                yield seed, again, sparsity, pattern, permuted
 
 
 class Experiment:
@@ -65,7 +68,7 @@ class Experiment:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        several = ("run", "patterns", "sparsities", "seeds")
+        several = ("run", "patterns", "sparsities", "seeds", "finetune_seeds")
         settings = {key: value for key, value in vars(options).items() if key not in several}
         self.run = RunFolder(options.run, {"bench": "patterns", **settings})
         self.data = load(options.data, limit=options.images)
@@ -90,9 +93,10 @@ class Experiment:
             self.run.finish(f"dense {seed}", row)
         return self.weights
 
-    def row(self, seed: int, sparsity: float, pattern: str, permuted: bool) -> dict:
+    def row(self, seed: int, again: int, sparsity: float, pattern: str, permuted: bool) -> dict:
         """One pruned and fine-tuned network, or what an earlier run found for it."""
-        name = f"{seed} {sparsity} {pattern} {'permuted' if permuted else 'as it is'}"
+        order = "permuted" if permuted else "as it is"
+        name = f"{seed} {again} {sparsity} {pattern} {order}"
         if (found := self.run.stage(name)) is not None:
             return found
         model = self.network()
@@ -108,12 +112,10 @@ class Experiment:
         )
         seconds = time.perf_counter() - start
         before = evaluate(model, self.test).accuracy
-        config = TrainConfig(
-            epochs=self.options.finetune_epochs, lr=self.options.finetune_lr, seed=seed
-        )
-        done = train(model, self.data, config)
+        done = self.finetune(model, seed + 1000 * again)
         row = {
             "seed": seed,
+            "finetune_seed": again,
             "sparsity": sparsity,
             "pattern": pattern,
             "permuted": permuted,
@@ -134,6 +136,11 @@ class Experiment:
         )
         return self.run.finish(name, row)
 
+    def finetune(self, model: nn.Module, seed: int) -> TrainResult:
+        options = self.options
+        config = TrainConfig(epochs=options.finetune_epochs, lr=options.finetune_lr, seed=seed)
+        return train(model, self.data.subset(options.finetune_images), config)
+
 
 def table(rows: list[dict]) -> str:
     """Patterns by sparsity: norm kept and accuracy, the mean and, of several seeds, the range."""
@@ -141,22 +148,19 @@ def table(rows: list[dict]) -> str:
     keys = dict.fromkeys((row["pattern"], row["permuted"]) for row in rows)
     header = ["pattern", "channels"]
     for sparsity in sparsities:
-        header += [f"{sparsity:.0%}: norm kept", "weights kept", "accuracy before", "fine-tuned"]
+        header += [f"{sparsity:.0%}: norm kept", "weights kept", "accuracy"]
     lines = []
     for pattern, permuted in keys:
         line = [pattern, "permuted" if permuted else "as they are"]
         for sparsity in sparsities:
-            own = [
-                row
-                for row in rows
-                if (row["pattern"], row["permuted"], row["sparsity"])
-                == (pattern, permuted, sparsity)
-            ]
-            line += [
-                _spread(own, key) for key in ("norm_kept", "density", "accuracy_before", "accuracy")
-            ]
+            own = [row for row in rows if _key(row) == (pattern, permuted, sparsity)]
+            line += [_spread(own, key) for key in ("norm_kept", "density", "accuracy")]
         lines.append(line)
     return markdown(header, lines)
+
+
+def _key(row: dict) -> tuple[str, bool, float]:
+    return row["pattern"], row["permuted"], row["sparsity"]
 
 
 def _spread(rows: list[dict], key: str) -> str:
