@@ -1,12 +1,16 @@
 """What a pattern costs in accuracy: one network, pruned by each, fine-tuned by the same steps.
 
-    python -m bench.bench_patterns --run runs/patterns                 # CIFAR-10, 20,000 images
+    python -m bench.bench_patterns --run runs/patterns --finetune-images 10000 --finetune-seeds 2
     python -m bench.bench_patterns --run runs/quick --data digits --images 600 --width 0.125
+    python -m bench.bench_patterns --table runs/patterns/patterns.json
+
+The first is that of docs/patterns.md, on CIFAR-10; the last only prints what a run has found.
 
 A seed trains the network once. Each pattern then starts from those weights, at each sparsity, with
-the channels as they are and permuted (`dass.permute`), and sees the same images in the same order.
-Accuracy is that of the test part after the last step; nothing is chosen by it. A row that the
-folder holds is kept: a run that was broken off, or is asked for more seeds, goes on.
+the channels as they are and permuted (`dass.permute`); a fine-tuning seed shows all of them the
+same images in the same order. Accuracy is that of the test part after the last step; nothing is
+chosen by it. A row that the folder holds is kept: a run that was broken off, or is asked for more
+seeds, goes on.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from bench.table import markdown
 from dass import zoo
 from dass.data import ImageDataset, load
 from dass.pruning import prune
+from dass.report import write_text
 from dass.runs import RunFolder
 from dass.timing import machine_facts
 from dass.training import TrainConfig, TrainResult, evaluate, train
@@ -38,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = found.add_argument
     add("--run", type=Path, default=Path("runs/patterns"), help="folder of rows and table")
+    add("--table", type=Path, metavar="JSON", help="no run: print the table of a finished one")
     add("--network", default="resnet18", help="of the zoo")
     add("--width", type=float, default=0.25, help="multiplies its channels")
     add("--data", default="cifar10", help="a name of dass.data.load")
@@ -68,7 +74,7 @@ class Experiment:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        several = ("run", "patterns", "sparsities", "seeds", "finetune_seeds")
+        several = ("run", "table", "patterns", "sparsities", "seeds", "finetune_seeds")
         settings = {key: value for key, value in vars(options).items() if key not in several}
         self.run = RunFolder(options.run, {"bench": "patterns", **settings})
         self.data = load(options.data, limit=options.images)
@@ -143,18 +149,19 @@ class Experiment:
 
 
 def table(rows: list[dict]) -> str:
-    """Patterns by sparsity: norm kept and accuracy, the mean and, of several seeds, the range."""
+    """Patterns by sparsity, in percent: norm kept, and accuracy as a mean with its range."""
     sparsities = sorted({row["sparsity"] for row in rows})
     keys = dict.fromkeys((row["pattern"], row["permuted"]) for row in rows)
     header = ["pattern", "channels"]
     for sparsity in sparsities:
-        header += [f"{sparsity:.0%}: norm kept", "weights kept", "accuracy"]
+        header += [f"{100 * sparsity:g} %: norm kept", "weights kept", "accuracy"]
     lines = []
     for pattern, permuted in keys:
         line = [pattern, "permuted" if permuted else "as they are"]
         for sparsity in sparsities:
             own = [row for row in rows if _key(row) == (pattern, permuted, sparsity)]
-            line += [_spread(own, key) for key in ("norm_kept", "density", "accuracy")]
+            line += [_spread(own, "norm_kept"), _spread(own, "density", 2)]
+            line.append(_spread(own, "accuracy"))
         lines.append(line)
     return markdown(header, lines)
 
@@ -163,31 +170,66 @@ def _key(row: dict) -> tuple[str, bool, float]:
     return row["pattern"], row["permuted"], row["sparsity"]
 
 
-def _spread(rows: list[dict], key: str) -> str:
+def _spread(rows: list[dict], key: str, digits: int = 1) -> str:
     values = [100 * row[key] for row in rows]
     if not values:
         return ""
-    spread = f" ({min(values):.2f} to {max(values):.2f})" if max(values) > min(values) else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+    low, mean, high = (
+        f"{value:.{digits}f}" for value in (min(values), statistics.mean(values), max(values))
+    )
+    return f"{mean} ({low}-{high})" if max(values) > min(values) else mean
+
+
+def differences(rows: list[dict]) -> list[str]:
+    """Lines: what permuting adds, same seeds against same seeds, beside what a seed changes."""
+    found = {(row["seed"], row["finetune_seed"], *_key(row)): row["accuracy"] for row in rows}
+    gains: dict[str, list[float]] = {}
+    for key, accuracy in found.items():
+        plain = (*key[:3], False, key[4])
+        if key[3] and plain in found:
+            gains.setdefault(key[2], []).append(100 * (accuracy - found[plain]))
+    lines = [
+        f"permuted {name}: better in {sum(gain > 0 for gain in own)} of {len(own)} pairs of the "
+        f"same seeds, {statistics.mean(own):+.1f} points on average"
+        for name, own in [*gains.items(), ("all", [gain for own in gains.values() for gain in own])]
+        if own
+    ]
+    again: dict[tuple, list[float]] = {}
+    for (seed, _, *key), accuracy in found.items():
+        again.setdefault((seed, *key), []).append(100 * accuracy)
+    apart = [max(own) - min(own) for own in again.values() if len(own) > 1]
+    if apart:
+        lines.append(
+            f"fine-tunings of one pruned network: {statistics.median(apart):.1f} points apart "
+            f"(median), at most {max(apart):.1f}"
+        )
+    return lines
+
+
+def text_of(document: dict) -> str:
+    dense = ", ".join(f"{row['accuracy']:.2%}" for row in document["dense"])
+    rows = document["rows"]
+    return "\n".join([f"dense: {dense}", "", table(rows), "", *differences(rows)])
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
+    if options.table:
+        print(text_of(json.loads(options.table.read_text())))
+        return
     experiment = Experiment(options)
     rows = [experiment.row(*key) for key in rows_of(options)]
-    dense = [experiment.run.stage(f"dense {seed}") for seed in range(options.seeds)]
     document = {
         "facts": machine_facts(),
         "settings": experiment.run.settings,
         "data": describe(experiment.data, experiment.test),
-        "dense": dense,
+        "dense": [experiment.run.stage(f"dense {seed}") for seed in range(options.seeds)],
         "rows": rows,
     }
-    text = table(rows)
-    (options.run / "patterns.json").write_text(json.dumps(document, indent=1) + "\n")
-    (options.run / "patterns.md").write_text(text + "\n")
-    accuracies = ", ".join(f"{row['accuracy']:.2%}" for row in dense)
-    print(f"\ndense: {accuracies}\n\n{text}\n\nwritten: {options.run / 'patterns.json'}, .md")
+    text, file = text_of(document), options.run / "patterns.json"
+    write_text(file, json.dumps(document, indent=1) + "\n")
+    write_text(file.with_suffix(".md"), text + "\n")
+    print(f"\n{text}\n\nwritten: {file}, .md")
 
 
 def describe(data: ImageDataset, test: ImageDataset) -> dict:

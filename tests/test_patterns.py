@@ -343,3 +343,22 @@ def test_the_experiment_goes_on_where_it_stopped(tmp_path, capsys):
     assert permuted["norm_kept"] > plain["norm_kept"]
     assert permuted["kept"] == plain["kept"]
     assert "| 4x1          |    permuted |" in said
+    run("--table", tmp_path / "run" / "patterns.json")
+    assert capsys.readouterr().out in said
+
+
+def test_the_experiment_compares_equal_seeds_with_each_other():
+    found = {(0, False): 0.50, (0, True): 0.53, (1, False): 0.60, (1, True): 0.59}
+    rows = [
+        {"seed": 0, "finetune_seed": again, "sparsity": 0.9, "pattern": "4x1"}
+        | {"permuted": permuted, "accuracy": accuracy, "norm_kept": 0.5, "density": 0.10004}
+        for (again, permuted), accuracy in found.items()
+    ]
+    one, all_, apart = bench_patterns.differences(rows)
+    assert one == ("permuted 4x1: better in 1 of 2 pairs of the same seeds, +1.0 points on average")
+    assert all_ == one.replace("4x1", "all")
+    assert apart == "fine-tunings of one pruned network: 8.0 points apart (median), at most 10.0"
+    assert bench_patterns.differences(rows[:1]) == []
+    line = bench_patterns.table(rows).splitlines()[2]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["4x1", "as they are", "50.0", "10.00", "55.0 (50.0-60.0)"]
