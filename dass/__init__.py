@@ -10,6 +10,7 @@ _HOME = {
     "SparseConv2d": "nn",
     "SparseLinear": "nn",
     "project": "masks",
+    "permute": "permutation",
     "prune": "pruning",
     "GradualPruner": "schedule",
     "attach_masks": "schedule",

@@ -159,6 +159,9 @@ def prune(
     method: Annotated[str, typer.Option(help="magnitude or random.")] = "magnitude",
     scope: Scope = "uniform",
     pattern: Pattern = "unstructured",
+    permute: Annotated[
+        bool, typer.Option("--permute", help="Reorder channels so that the pattern keeps more.")
+    ] = False,
     exclude: Exclude = None,
     finetune: Annotated[int, typer.Option(help="Epochs of fine-tuning; 0 for none.")] = 0,
     lr: Annotated[float, typer.Option(help="The highest learning rate of it.")] = 0.05,
@@ -198,6 +201,7 @@ def prune(
             "method": method,
             "scope": scope,
             "pattern": pattern,
+            "permute": permute,
             "exclude": exclude or [],
             "seed": seed,
         }

@@ -15,7 +15,8 @@ from dass.distributed import on_rank_zero
 from dass.files import save
 from dass.logs import RunLog
 from dass.nn import SparseConv2d, SparseLinear
-from dass.pruning import PruneReport, prune
+from dass.prune_report import PruneReport
+from dass.pruning import prune
 from dass.report import Report, Section, Table
 from dass.runs import RunFolder, UserError
 from dass.sources import (
@@ -120,7 +121,8 @@ def prune_run(
         images, test = _both_parts(data, size, limit)
         check_fit(network, test)
     try:
-        pruning = prune(network, sparsity, **rule)
+        example = None if test is None else torch.zeros(1, *test.shape)
+        pruning = prune(network, sparsity, **rule, example_inputs=example)
     except ValueError as error:
         raise UserError(str(error)) from None
     run = RunFolder(folder, settings, fresh)
@@ -216,7 +218,10 @@ def _prune_report(source: str, run: RunFolder, pruning: PruneReport, result: Map
     if "history" in result:
         sections.append(_training_section(result))
     title = f"dass prune: {Path(source).name} to {percent(pruning.sparsity)} zeros"
-    intro = [f"{pruning.method}, {pruning.scope}, {pruning.pattern}."]
+    kept = f"{percent(pruning.norm_kept)} of the norm is kept"
+    intro = [f"{pruning.method}, {pruning.scope}, {pruning.pattern}: {kept}."]
+    if pruning.permuted:
+        intro.append(f"Channels {pruning.permuted}.")
     return Report(title, intro, figures, sections, {"settings": run.settings, "prune": result})
 
 

@@ -7,7 +7,7 @@ their sparse twins in place. `dass.schedule` does it step by step while the mode
 import difflib
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 
@@ -27,88 +27,11 @@ from dass.masks import (
     pattern_mask,
 )
 from dass.nn import SparseConv2d, SparseLinear
+from dass.prune_report import LayerReport, PruneReport
 
 METHODS = ("magnitude", "random")
 EXCLUDE_WORDS = ("depthwise", "first", "last")
 Score = Callable[[str, nn.Module], Tensor]
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One pruned layer. names: every name it goes by (shared module or tied weight)."""
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    weights: int
-    kept: int
-    norm_kept: float
-    pattern: str
-
-    @property
-    def density(self) -> float:
-        return self.kept / self.weights
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """What `prune` did: one row per layer, the totals over them, and what was left alone and why.
-
-    `sparsity` is the one reached, `requested` the one asked for. `print(report)` gives a table.
-    """
-
-    requested: float
-    method: str
-    scope: str
-    pattern: str
-    layers: tuple[LayerReport, ...]
-    skipped: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def weights(self) -> int:
-        return sum(row.weights for row in self.layers)
-
-    @property
-    def kept(self) -> int:
-        return sum(row.kept for row in self.layers)
-
-    @property
-    def density(self) -> float:
-        return self.kept / self.weights
-
-    @property
-    def sparsity(self) -> float:
-        return 1 - self.density
-
-    def to_dict(self) -> dict:
-        """Plain numbers, strings, lists and dicts, as JSON knows them."""
-        layers = [
-            {**asdict(row), "names": [*row.names], "shape": [*row.shape], "density": row.density}
-            for row in self.layers
-        ]
-        skipped = [{"name": name, "reason": reason} for name, reason in self.skipped]
-        totals = {key: getattr(self, key) for key in ("weights", "kept", "density", "sparsity")}
-        return {**asdict(self), **totals, "layers": layers, "skipped": skipped}
-
-    def __str__(self) -> str:
-        table = [("layer", "shape", "weights", "kept", "density", "norm kept", "pattern")]
-        for row in self.layers:
-            name, shape = " = ".join(row.names), "x".join(map(str, row.shape))
-            numbers = (f"{row.weights:,}", f"{row.kept:,}", f"{row.density:.2%}")
-            table.append((name, shape, *numbers, f"{row.norm_kept:.2%}", row.pattern))
-        totals = (f"{self.weights:,}", f"{self.kept:,}", f"{self.density:.2%}")
-        table.append((f"all {len(self.layers)}", "", *totals, "", ""))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        justify = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust, str.ljust)
-        lines = [
-            "  ".join(f(*cell) for f, *cell in zip(justify, row, widths, strict=True)).rstrip()
-            for row in table
-        ]
-        lines.append(
-            f"{self.method}, {self.scope}, {self.pattern}: "
-            f"sparsity {self.sparsity:.4%}, asked for {self.requested:.4%}"
-        )
-        lines += [f"left dense: {name} ({reason})" for name, reason in self.skipped]
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -210,6 +133,7 @@ class Rule:
                 kept=int(mask.sum()),
                 norm_kept=norm_kept(unit.weight, mask),
                 pattern=self.pattern_of(unit),
+                norm=unit.weight.detach().double().norm().item(),
             )
             for unit, mask in zip(units, masks, strict=True)
         )
@@ -227,6 +151,8 @@ def prune(
     floor: int | float = 1,
     seed: int = 0,
     densities: Mapping[str, float] | None = None,
+    permute: bool = False,
+    example_inputs: Tensor | tuple | None = None,
 ) -> PruneReport:
     """Prune `model` in place to `sparsity` in [0, 1) over its Conv2d and Linear weights.
 
@@ -247,6 +173,8 @@ def prune(
     floor: the least that a layer keeps, as a count (int) or a density (float in (0, 1)).
     densities: name of a layer -> its own density in (0, 1], such as what `edge_densities()` of a
         network of a searched genotype returns. Sparsity and scope are then those of the others.
+    permute: first give the channels an order in which the pattern keeps more (`dass.permute`, which
+        see; magnitude only), with `example_inputs`; a network of the zoo needs none.
 
     A module registered under several names stays one module. Layers tied by one weight Parameter
     stay tied, get one mask and count once. Raises ValueError where a weight is also used by a
@@ -258,7 +186,14 @@ def prune(
     rule.check_sparsity(sparsity)
     units, skipped = find_units(model, exclude)
     masks = rule.masks(units, sparsity)
-    report = rule.report(units, masks, sparsity, skipped)
+    permuted = None
+    if permute:
+        from dass.permutation import example_of, permute_for  # which builds on this module
+
+        inputs = example_of(model) if example_inputs is None else example_inputs
+        permuted = permute_for(rule, model, inputs, units, sparsity)
+        masks = rule.masks(units, sparsity)
+    report = replace(rule.report(units, masks, sparsity, skipped), permuted=permuted)
     apply_masks(model, units, masks, rule)
     return report
 

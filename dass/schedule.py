@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from dass.distributed import follow_rank_zero
 from dass.nn import SparseConv2d, SparseLinear
-from dass.pruning import PruneReport, Rule, apply_masks, find_units, mask_of
+from dass.prune_report import PruneReport
+from dass.pruning import Rule, apply_masks, find_units, mask_of
 
 
 def cubic_sparsity(step: int, begin: int, end: int, initial: float, final: float) -> float:

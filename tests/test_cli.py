@@ -205,6 +205,18 @@ def test_pruning_needs_no_data(trained, tmp_path):
     assert "accuracy" not in found
 
 
+def test_pruning_may_reorder_channels_first(trained, tmp_path):
+    plain, permuted = tmp_path / "plain", tmp_path / "permuted"
+    words = ["prune", trained[0], "--sparsity", 0.8, "--pattern", "8x1"]
+    ok(*words, "--run", plain)
+    output = ok(*words, "--permute", "--run", permuted)
+    assert "Channels permuted for 8x1 at 80.00%" in " ".join(output.split())
+    first, second = (data_of(folder)["prune"]["pruning"] for folder in (plain, permuted))
+    assert first["permuted"] is None
+    assert second["norm_kept"] == second["permuted"]["norm_after"] > first["norm_kept"]
+    assert dass.load(permuted / "model.safetensors").layer1[0].conv1.pattern == "8x1"
+
+
 def test_evaluation_tells_accuracy_size_and_latency(pruned, tmp_path):
     output = ok("evaluate", pruned[0], "--batches", "2", "--out", tmp_path / "e")
     assert "speed-up" in output
@@ -304,6 +316,7 @@ def test_a_users_error_is_one_line(here, words, says):
         (["--sparsity", 1.0], "sparsity must be in [0, 1)"),
         (["--method", "other"], "unknown method 'other'"),
         (["--pattern", "3x3"], "unknown pattern '3x3'"),
+        (["--permute", "--method", "random"], "not for 'random'"),
         (["--exclude", "layer9*"], "matches no layer"),
         (["--finetune", 1, "--lr", -1], "--lr must be greater than 0"),
         (["--data", "fashion_mnist"], "fashion"),

@@ -37,6 +37,12 @@ def test_prune_uniform_counts_and_report(net):
         assert row.norm_kept == pytest.approx((layer.weight.norm() / original.norm()).item())
     assert report.weights == 432 + 144 + 256 + 160 and report.kept == 44 + 15 + 26 + 16
     assert report.sparsity == 1 - report.kept / report.weights
+    names = [row.names[0] for row in report.layers]
+    after, before = (
+        torch.cat([model.get_submodule(name).weight.flatten() for name in names]).norm()
+        for model in (net, dense)
+    )
+    assert report.norm_kept == pytest.approx((after / before).item())
     assert isinstance(net.stem, SparseConv2d) and isinstance(net.fc, SparseLinear)
     torch.testing.assert_close(net.fc.bias, dense.fc.bias)
 
