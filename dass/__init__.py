@@ -17,6 +17,7 @@ _HOME = {
     "sparsify": "convert",
     "densify": "convert",
     "compile": "engine.compiler",
+    "load_engine": "engine.compiler",
     "Genotype": "genotype",
     "build": "zoo.darts",
     "SearchConfig": "strategies",

@@ -194,6 +194,64 @@ def export(
 
 
 @app.command()
+def compile(
+    source: Source,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The engine's file. Default: beside the network's."),
+    ] = None,
+    shape: Input = None,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width of the images. Default: as trained.")
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(help="Images per call to tune for; any number can be run.")
+    ] = 1,
+    threads: BenchThreads = 1,
+    tune: Annotated[
+        bool, typer.Option(help="Measure which kernels are fastest here (seconds).")
+    ] = True,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show every step: its kernel, and why that one.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show the time of every step.")
+    ] = False,
+    model: Model = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="A folder for the report.")
+    ] = None,
+) -> None:
+    """Compile a saved network for this machine, and compare it with the model in torch.
+
+    BatchNorms are folded, channels that nothing depends on are removed, and each layer gets the
+    kernel that is fastest in this network here, at float32. The file holds the network and what was
+    measured, no code: **dass.load_engine(FILE)** runs it, without the model's class, and on another
+    machine it is tuned anew. What was measured is remembered in ~/.cache/dass/kernels.json
+    (**DASS_CACHE**), so a second time is quick.
+
+    Example: **dass compile runs/r20-90 -o r20-90.engine --batch 1 --explain**
+    """
+    with session() as console:
+        from dass import arguments
+        from dass.compile_run import compile_network
+
+        found = compile_network(
+            source,
+            out,
+            batch=batch,
+            shape=arguments.shape(shape),
+            size=inherit(source, None, size, None)[1],
+            num_threads=arguments.at_least_one(threads),
+            tune=tune,
+            explain=explain,
+            profile=profile,
+            model=model,
+        )
+        publish(found, report, console)
+
+
+@app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("runs/plot"),

@@ -71,7 +71,7 @@ def encode(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict]]:
             entries[name] = {**entry, "stored": "as", "of": same[0]}
             continue
         twins.append(name)
-        entries[name] = {**entry, **_store(tensors, name, tensor.contiguous(), mask)}
+        entries[name] = {**entry, **store(tensors, name, tensor.contiguous(), mask)}
         if mask is not None:
             entries[name]["at"] = masks[name]
     return tensors, {name: entries[name] for name in state}
@@ -86,8 +86,10 @@ def prefixes(model: nn.Module):
         yield (f"{name}." if name else ""), module
 
 
-def _store(tensors: dict[str, Tensor], name: str, tensor: Tensor, mask: Tensor | None) -> dict:
-    """Puts one tensor into `tensors` in its smallest form, and says which."""
+def store(
+    tensors: dict[str, Tensor], name: str, tensor: Tensor, mask: Tensor | None = None
+) -> dict:
+    """Puts one contiguous tensor into `tensors` in its smallest form, and says which."""
     flat = tensor.reshape(-1)
     if mask is not None:
         tensors[name] = flat[mask.reshape(-1)]

@@ -10,7 +10,7 @@ import torch
 from dass.exporting import ExportError, ExportReport, export
 from dass.report import Report, Section, Table
 from dass.runs import UserError, model_file
-from dass.sources import input_shape, load_model, run_on
+from dass.sources import image_shape, load_model, run_on
 from dass.tables import megabytes, percent
 
 __all__ = ["export_network"]
@@ -49,7 +49,7 @@ def export_network(
     if out.exists() and out.samefile(file):
         raise UserError(f"-o {out} is the network itself: name another file")
     network = load_model(source, model).eval()
-    shape = shape or _image_shape(network, size)
+    shape = shape or image_shape(network, size)
     x = torch.randn((batch or 1, *shape), generator=torch.Generator().manual_seed(0))
     run_on(network, x, "an input of that shape")
     try:
@@ -57,13 +57,6 @@ def export_network(
     except (ExportError, ImportError, ValueError) as error:
         raise UserError(str(error)) from None
     return _report(source, file.stat().st_size, found)
-
-
-def _image_shape(network: torch.nn.Module, size: int | None) -> tuple[int, ...]:
-    known = input_shape(network)
-    if known is None:
-        raise UserError("--input is needed, such as --input 3x224x224: no network of the zoo")
-    return known if size is None else (known[0], size, size)
 
 
 def _report(source: str, saved: int, found: ExportReport) -> Report:

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from dass import onnx_files
 from dass.convert import call_arguments, densify
-from dass.files import write_whole
 from dass.latency import fold_batchnorm, relative_error
+from dass.sealed import write_whole
 from dass.surgery import evaluating
 
 __all__ = ["FORMATS", "ExportError", "ExportReport", "ExportedLayer", "export"]

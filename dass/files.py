@@ -10,23 +10,22 @@ from there, and a SHA-256 over all the file. Nothing is pickled and nothing read
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
-import secrets
-import stat
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from dass.encoding import DTYPES, CorruptFileError, FileError, decode, encode, prefixes
 from dass.masks import parse_pattern
 from dass.nn import SparseConv2d, SparseLinear
+from dass.sealed import (
+    MODEL,
+    VersionError,
+    read_header,
+    read_tensors,
+    write_sealed,
+)
 from dass.surgery import Slots, adopt_hooks, carry_over
 
 __all__ = [
@@ -36,20 +35,12 @@ __all__ = [
     "VersionError",
     "load",
     "save",
-    "write_whole",
 ]
 
-FORMAT = 1
 _SPARSE = (SparseConv2d, SparseLinear)
 _KINDS = {"SparseConv2d": (SparseConv2d, nn.Conv2d), "SparseLinear": (SparseLinear, nn.Linear)}
 _KEYS = ("entries", "layers", "zoo", "training")
 _STORED = ("dense", "kept", "places", "as")
-_NO_SUM = "0" * 64
-_MOST_HEADER = 100_000_000  # safetensors' own limit
-
-
-class VersionError(FileError):
-    """Written by a later version of the format."""
 
 
 class MismatchError(FileError):
@@ -73,17 +64,12 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     """
     tensors, entries = encode(model)
     metadata = {
-        "dass.format": str(FORMAT),
-        "dass.sha256": _NO_SUM,
         "dass.entries": json.dumps(entries),
         "dass.layers": json.dumps(_describe_layers(model)),
         "dass.zoo": _origin(model),
         "dass.training": json.dumps(model.training),
     }
-    data = to_bytes(tensors, metadata)
-    digest = hashlib.sha256(data).hexdigest().encode()
-    place = data.index(_sum_field(_NO_SUM)) + len(_sum_field(""))
-    write_whole(path, (data[:place], digest, data[place + len(digest) :]))
+    write_sealed(path, MODEL, tensors, metadata)
 
 
 def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
@@ -105,11 +91,7 @@ def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     if rebuilt:
         model = _from_zoo(header["zoo"], entries, layers)
     _match(model, entries, layers, dtypes=not rebuilt)
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise CorruptFileError(f"{path}: {error}") from None
-    state = decode(tensors, entries)
+    state = decode(read_tensors(path), entries)
     model = _with_sparse_layers(model, layers, state)
     if rebuilt:
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -144,32 +126,7 @@ def _describe_layers(model: nn.Module) -> dict[str, dict]:
 
 def _checked_header(path: str | os.PathLike) -> dict:
     """entries, layers, zoo and training of a file whose every byte is as it was written."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MOST_HEADER):
-            raise CorruptFileError(
-                f"{path}: truncated, or no file of dass.save: {size} bytes, header of {length}"
-            )
-        header = file.read(length)
-        try:
-            parsed = json.loads(header)
-            metadata = parsed["__metadata__"]
-            version = int(metadata["dass.format"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise CorruptFileError(f"{path}: altered, or no file of dass.save") from None
-        if version > FORMAT:
-            raise VersionError(
-                f"{path}: written in format {version}, this version reads up to {FORMAT}: "
-                "a newer dass can load it"
-            )
-        digest = str(metadata.get("dass.sha256"))
-        blank = header.replace(_sum_field(digest), _sum_field(_NO_SUM), 1)
-        total = hashlib.sha256(length.to_bytes(8, "little") + blank)
-        while chunk := file.read(1 << 20):
-            total.update(chunk)
-    if total.hexdigest() != digest:
-        raise CorruptFileError(f"{path}: truncated or altered: its checksum does not fit")
+    metadata = read_header(path, MODEL)
     try:
         found = {key: json.loads(metadata[f"dass.{key}"]) for key in _KEYS}
         _check_form(**found)
@@ -198,10 +155,6 @@ def _check_form(entries: dict, layers: dict, zoo: list | None, training: bool) -
             raise ValueError(f"origin {zoo}")
     if type(training) is not bool:
         raise ValueError(f"training {training!r}")
-
-
-def _sum_field(digest: str) -> bytes:
-    return f'"dass.sha256":"{digest}'.encode()
 
 
 def _from_zoo(origin, entries: dict, layers: dict) -> nn.Module:
@@ -283,29 +236,3 @@ def _with_sparse_layers(model: nn.Module, layers: dict, state: dict[str, Tensor]
             elif module.scores is not None:
                 module.freeze_mask()  # the file has no scores for it
     return model
-
-
-def write_whole(path: str | os.PathLike, parts: tuple[bytes, ...]) -> None:
-    """Writes a file under another name beside it, flushes it to the disk and renames it."""
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with open(fd, "wb") as file:
-            with contextlib.suppress(FileNotFoundError):
-                os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode))
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(fd)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    with contextlib.suppress(OSError):  # not every system can flush a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -26,6 +26,7 @@ __all__ = [
     "check_fit",
     "count_weights",
     "first_line",
+    "image_shape",
     "input_shape",
     "is_folder",
     "load_data",
@@ -137,6 +138,18 @@ def input_shape(model: nn.Module) -> tuple[int, ...] | None:
         return None
     channels, *sizes = zoo.input_shape(origin[0])
     return (origin[1].get("in_channels", channels), *sizes)
+
+
+def image_shape(model: nn.Module, size: int | None = None) -> tuple[int, ...]:
+    """`input_shape`, with `size` as height and width if given.
+
+    Raises:
+        UserError: no network of the zoo.
+    """
+    known = input_shape(model)
+    if known is None:
+        raise UserError("--input is needed, such as --input 3x224x224: no network of the zoo")
+    return known if size is None else (known[0], size, size)
 
 
 def check_fit(model: nn.Module, images: ImageDataset) -> None:

@@ -1,6 +1,6 @@
 """Checks which way the parts of the repository depend on each other.
 
-    bench, tests -> dass -> dass_kernels -> _C (csrc/ops -> csrc/cpu)
+    bench, tests -> dass -> dass_kernels -> _C (csrc/ops | csrc/program -> csrc/cpu)
 
 - ``dass`` takes from ``dass_kernels`` only names in its ``__all__``.
 - ``dass_kernels`` imports neither ``dass`` nor anything above it.
@@ -23,7 +23,7 @@ from pathlib import Path
 # What each package may not import; tests and bench may import anything.
 FORBIDDEN = {"dass": {"bench", "tests"}, "dass_kernels": {"dass", "bench", "tests"}}
 
-KERNEL_FILES = ("*.inl.h", "kernels.*", "vec.h")
+KERNEL_FILES = ("*.inl.h", "kernels.*", "vec.h", "dense.h")
 # Headers of types, C functions and intrinsics: none emits code of its own.
 KERNEL_HEADERS = {"cstddef", "cstdint", "cstring", "type_traits", "immintrin.h", "arm_neon.h"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')

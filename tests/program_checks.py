@@ -106,17 +106,23 @@ def check(
 ) -> list[str]:
     """Runs a graph with finite input and compares every output; the kernels that ran."""
     sparse = dk.active_isa() == "avx512"
-    plan = make_plan(graph, pixel, sparse_gemv=sparse, fusions=fusions)
-    program = program_of(plan, choose)
     x = numbers(batch, graph.nodes[0].shape, seed)
     want = bounded(graph, x)
     shapes = [tuple(want[name][0].shape) for name in graph.outputs]
-    for at_end in (True, False):
-        got = run_fenced(program, [x], shapes, at_end)
-        for name, y in zip(graph.outputs, got, strict=True):
-            value, error = want[name]
-            assert_within(y, value, error, f"{name}, {pixel} side by side, batch {batch}")
+    for emitted in (True, False) if emits() else (False,):
+        options = {"sparse_gemv": sparse, "emitted": emitted, "fusions": fusions}
+        program = program_of(make_plan(graph, pixel, **options), choose)
+        for at_end in (True, False):
+            got = run_fenced(program, [x], shapes, at_end)
+            for name, y in zip(graph.outputs, got, strict=True):
+                value, error = want[name]
+                assert_within(y, value, error, f"{name}, {pixel} side by side, batch {batch}")
     return program.kernels[1:]
+
+
+def emits() -> bool:
+    """Whether code can be emitted here."""
+    return dk.emit_unavailable() is None
 
 
 def check_layouts(graph: g.Graph, **options) -> None:
@@ -124,11 +130,13 @@ def check_layouts(graph: g.Graph, **options) -> None:
         check(graph, pixel, batch, **options)
 
 
-def kernel(emitted: bool, height: int, vectors: int, chunk: int = 0):
-    """Sets one kernel for every product of a plan."""
+def kernel(emitted: bool, height: int, vectors: int, chunk: int = 0, **more: int):
+    """Sets one kernel for every product of a plan that it can do."""
 
     def choose(plan):
+        tuning.use(plan, {})
         for step in tuning.products(plan):
-            tuning.set_kernel(step, tuning.Kernel(emitted, height, vectors, chunk))
+            if emitted or not step.fields["relu_in"]:
+                tuning.set_kernel(step, tuning.Kernel(emitted, height, vectors, chunk, **more))
 
     return choose

@@ -351,7 +351,7 @@ def test_a_fault_of_the_program_is_not_hidden(trained, monkeypatch):
     assert isinstance(done.exception, ValueError)
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "prune", "evaluate", "bench"])
+@pytest.mark.parametrize("command", ["demo", "train", "prune", "evaluate", "compile", "bench"])
 def test_help_teaches_by_an_example(command):
     output = ok(command, "--help")
     assert f"Example: dass {command}" in " ".join(output.split())

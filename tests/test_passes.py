@@ -133,12 +133,21 @@ def test_two_activations_in_a_row_are_not_one():
 
 def test_the_activation_of_a_concat_is_done_to_its_parts():
     net = Sketch(3, 4, 4)
+    joined = net.concat(net.conv("x", 2), net.conv("x", 4))
+    graph = net.graph(net.conv(net.act(joined), 3))
+    fused = fuse_activations(graph)
+    same(graph, fused)
+    assert ops(fused).count("act") == 0
+
+
+def test_the_activation_of_a_concat_stays_where_its_parts_have_other_readers():
+    net = Sketch(3, 4, 4)
     shared = net.conv("x", 4)
     joined = net.concat(net.conv("x", 2), shared)
     graph = net.graph(net.sum(net.conv(net.act(joined), 3), net.conv(net.act(shared), 3)))
     fused = fuse_activations(graph)
     same(graph, fused)
-    assert ops(fused).count("act") == 0
+    assert ops(fused).count("act") == 2
 
 
 def test_a_sum_becomes_the_residual_of_the_later_conv():

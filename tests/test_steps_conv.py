@@ -13,6 +13,7 @@ from program_checks import (
     Net,
     check,
     check_layouts,
+    emits,
     kernel,
     layouts,
     numbers,
@@ -20,16 +21,11 @@ from program_checks import (
     run_fenced,
 )
 
-import dass_kernels as dk
 from dass.engine.geometry import count
 from dass.engine.interpret import activate
 from dass.engine.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("isa", "one_thread")
-
-
-def emits() -> bool:
-    return dk.emit_unavailable() is None
 
 
 @pytest.mark.parametrize("width", [*range(1, 41), 49, 112])

@@ -6,9 +6,8 @@ import random
 from itertools import product
 
 import pytest
-from program_checks import SIMPLE, Net, check, kernel
+from program_checks import SIMPLE, Net, check, emits, kernel
 
-import dass_kernels as dk
 from dass.engine.depth_first import Fusion, groups
 from dass.engine.steps import suits_depthwise
 
@@ -36,10 +35,6 @@ def fusion(names, members: str, strip: int) -> Fusion:
     a, b, c = names
     expand, project = MEMBERS[members]
     return Fusion(b, a if expand else None, c if project else None, strip)
-
-
-def emits() -> bool:
-    return dk.emit_unavailable() is None
 
 
 @pytest.mark.parametrize("members", MEMBERS)

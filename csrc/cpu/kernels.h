@@ -44,8 +44,8 @@ struct SpmmTile {
   const T* bias;      // by output row, or null
   const T* residual;  // laid out like y, or null; row r starts at residual + r * ldr
   int64_t ldr;
-  // Tiles of more than kRunVectors vectors are two runs of pixels, the first with the odd vector: the
-  // second run starts this many elements after the first, in x and in y.
+  // Tiles of more than kRunVectors vectors are two runs of pixels, the first with the odd vector, and
+  // those of `squares` four: a run starts this many elements after the one before, in x and in y.
   int64_t gap;
   int64_t out_gap;
   // Vector v keeps the lanes in masks[v] and stores them at outs[v]. With `masks` null, the vectors of
@@ -126,6 +126,8 @@ struct Kernels {
   // [address][R][vectors - 1]; null past max_vectors and max_sddmm.
   SpmmFn<T> spmm[kAddresses][kBlockSizes][kMaxVectors];
   SpmmFn<T> blocked[kAddresses][kMaxVectors];  // csr only: the same in blocks of columns
+  // csr and kDirect only: 16 vectors in runs of four, all columns and in blocks; null where too wide.
+  SpmmFn<T> squares[2];
   SddmmFn<T> sddmm[kAddresses][kMaxSddmmVectors];
   GemvFn<T> gemv;  // null where expanding is not worth it
   TransposeFn<T> transpose;

@@ -23,7 +23,7 @@ DASS_INLINE void finish(Vec<T> v, int n, T* y, const T* residual, Activation act
   }
 }
 
-template <class T, int V>
+template <class T, int V, int Run = first_run(V)>
 DASS_INLINE void store_row(const SpmmTile<T>& t, const Vec<T>* acc, int64_t row) {
   constexpr int lanes = Vec<T>::lanes;
   if (t.rows) row = t.rows[row];
@@ -53,8 +53,7 @@ DASS_INLINE void store_row(const SpmmTile<T>& t, const Vec<T>* acc, int64_t row)
   }
 #pragma GCC unroll 32
   for (int v = 0; v < V; ++v) {
-    constexpr int run = first_run(V);
-    const int64_t at = v < run ? v * lanes : t.out_gap + (v - run) * lanes;
+    const int64_t at = v / Run * t.out_gap + v % Run * lanes;
     finish<T>(acc[v], v < V - 1 ? lanes : t.tail, y + at, residual ? residual + at : nullptr, t.activation);
   }
 }
@@ -73,14 +72,13 @@ DASS_INLINE const T* column(const T* x, const int32_t* offsets, int64_t pitch, i
 constexpr int chains(int vectors) { return vectors >= 5 ? 1 : vectors >= 3 ? 2 : 4; }
 
 // Vector v of a column's pixels.
-template <class T, int V>
+template <class T, int Run>
 DASS_INLINE Vec<T> pixels(const T* p, int64_t gap, int v) {
-  constexpr int lanes = Vec<T>::lanes, run = first_run(V);
-  return Vec<T>::load(v < run ? p + v * lanes : p + gap + (v - run) * lanes);
+  return Vec<T>::load(p + v / Run * gap + v % Run * Vec<T>::lanes);
 }
 
 // acc += entries [i, end) times their columns. `more(i)` says whether entry i belongs to this call.
-template <class T, int V, int A, class More>
+template <class T, int V, int A, int Run, class More>
 DASS_INLINE int32_t accumulate(const SpmmTile<T>& t, Vec<T>* acc, int32_t i, int32_t end, More more) {
   constexpr int N = chains(V);
   const T* const x = t.x;
@@ -101,7 +99,7 @@ DASS_INLINE int32_t accumulate(const SpmmTile<T>& t, Vec<T>* acc, int32_t i, int
         const Vec<T> w = Vec<T>::set1(values[i + n]);
         Vec<T>* sum = n ? side[n - 1] : acc;
 #pragma GCC unroll 32
-        for (int v = 0; v < V; ++v) sum[v].fma(w, pixels<T, V>(p, gap, v));
+        for (int v = 0; v < V; ++v) sum[v].fma(w, pixels<T, Run>(p, gap, v));
       }
     }
 #pragma GCC unroll 4
@@ -113,26 +111,26 @@ DASS_INLINE int32_t accumulate(const SpmmTile<T>& t, Vec<T>* acc, int32_t i, int
     const T* p = column<T, A>(x, offsets, pitch, indices[i]);
     const Vec<T> w = Vec<T>::set1(values[i]);
 #pragma GCC unroll 32
-    for (int v = 0; v < V; ++v) acc[v].fma(w, pixels<T, V>(p, gap, v));
+    for (int v = 0; v < V; ++v) acc[v].fma(w, pixels<T, Run>(p, gap, v));
   }
   return i;
 }
 
-template <class T, int V, int A>
+template <class T, int V, int A, int Run = first_run(V)>
 void spmm_csr(const SpmmTile<T>& t) {
   for (int64_t row = t.row_begin; row < t.row_end; ++row) {
     Vec<T> acc[V];
     const Vec<T> start = t.bias ? Vec<T>::set1(t.bias[row]) : Vec<T>::zero();
 #pragma GCC unroll 32
     for (int v = 0; v < V; ++v) acc[v] = start;
-    accumulate<T, V, A>(t, acc, t.indptr[row], t.indptr[row + 1], [](int32_t) { return true; });
-    store_row<T, V>(t, acc, row);
+    accumulate<T, V, A, Run>(t, acc, t.indptr[row], t.indptr[row + 1], [](int32_t) { return true; });
+    store_row<T, V, Run>(t, acc, row);
   }
 }
 
 // The same over one block of columns whose pixels fit in L1. A row must hold enough entries of the
 // block to pay for passing its sums on: one load and one store per vector.
-template <class T, int V, int A>
+template <class T, int V, int A, int Run = first_run(V)>
 void spmm_csr_blocked(const SpmmTile<T>& t) {
   constexpr int lanes = Vec<T>::lanes;
   const int32_t* const indices = t.indices;
@@ -149,10 +147,10 @@ void spmm_csr_blocked(const SpmmTile<T>& t) {
       for (int v = 0; v < V; ++v) acc[v] = Vec<T>::load(partial + v * lanes);
     }
     const int32_t begin = t.first ? t.indptr[row] : t.cursors[row - t.row_begin];
-    const int32_t i = accumulate<T, V, A>(t, acc, begin, t.indptr[row + 1],
-                                          [indices, limit](int32_t at) { return indices[at] < limit; });
+    const int32_t i = accumulate<T, V, A, Run>(t, acc, begin, t.indptr[row + 1],
+                                               [indices, limit](int32_t at) { return indices[at] < limit; });
     if (t.last) {
-      store_row<T, V>(t, acc, row);
+      store_row<T, V, Run>(t, acc, row);
     } else {
       t.cursors[row - t.row_begin] = i;
 #pragma GCC unroll 32

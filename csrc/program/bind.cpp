@@ -29,6 +29,12 @@ Place place(const py::dict& d, const char* key) {
           integer(p, "pitch"), integer(p, "pad"),     integer(p, "pixel")};
 }
 
+// What most steps lack may be left out.
+template <class T>
+T get_or(const py::dict& d, const char* key, T otherwise) {
+  return d.contains(key) ? d[key].cast<T>() : otherwise;
+}
+
 template <class T>
 std::vector<T> array(const py::dict& d, const char* key) {
   const auto a = get<py::array_t<T, py::array::c_style | py::array::forcecast>>(d, key);
@@ -48,7 +54,9 @@ RowsSpec rows(const py::dict& d) {
   s.values = array<float>(d, "values");
   s.bias = array<float>(d, "bias");
   s.activation = activation(d);
-  s.kernel = {get<bool>(d, "emitted"), integer(d, "height"), integer(d, "vectors"), integer(d, "chunk")};
+  s.relu_in = get_or(d, "relu_in", false);
+  s.kernel = {get<bool>(d, "emitted"), integer(d, "height"),          integer(d, "vectors"),
+              integer(d, "chunk"),     get_or<int64_t>(d, "deep", 1), get_or<int64_t>(d, "depth", 0)};
   return s;
 }
 
@@ -65,7 +73,8 @@ DepthwiseSpec depthwise(const py::dict& d) {
           array<float>(d, "weights"),
           array<float>(d, "bias"),
           activation(d),
-          get<bool>(d, "emitted")};
+          get<bool>(d, "emitted"),
+          get_or(d, "relu_in", false)};
 }
 
 StepPtr fused(const py::dict& d) {
@@ -80,11 +89,30 @@ StepPtr fused(const py::dict& d) {
 }
 
 StepPtr pool(const py::dict& d) {
-  return make_pool({place(d, "x"), place(d, "y"), get<bool>(d, "maximum"), get<bool>(d, "count_padding"),
-                    integer(d, "kernel_h"), integer(d, "kernel_w"), integer(d, "stride_h"), integer(d, "stride_w"),
-                    integer(d, "top"), integer(d, "left"), integer(d, "bottom"), integer(d, "right"),
-                    integer(d, "dilation_h"), integer(d, "dilation_w"), array<float>(d, "scale"),
-                    array<float>(d, "bias"), activation(d)});
+  PoolSpec s{place(d, "x"),
+             place(d, "y"),
+             get<bool>(d, "maximum"),
+             get<bool>(d, "count_padding"),
+             integer(d, "kernel_h"),
+             integer(d, "kernel_w"),
+             integer(d, "stride_h"),
+             integer(d, "stride_w"),
+             integer(d, "top"),
+             integer(d, "left"),
+             integer(d, "bottom"),
+             integer(d, "right"),
+             integer(d, "dilation_h"),
+             integer(d, "dilation_w"),
+             array<float>(d, "scale"),
+             array<float>(d, "bias"),
+             activation(d),
+             {},
+             false,
+             false};
+  s.relu_in = get_or(d, "relu_in", false);
+  s.has_residual = d.contains("residual");
+  if (s.has_residual) s.residual = place(d, "residual");
+  return make_pool(std::move(s));
 }
 
 StepPtr map(const py::dict& d) {

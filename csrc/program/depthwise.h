@@ -24,7 +24,8 @@ class DepthwiseRunner {
   void (*fn_)(const DepthwiseArgs&);
   int64_t zeros_;
   std::vector<float> packed_;  // [channels][kernel * kernel + 1], the bias last
-  std::map<int64_t, std::unique_ptr<EmittedDepthwise>> emitted_;
+  std::vector<int32_t> offsets_;
+  std::map<int64_t, std::unique_ptr<EmittedWindow>> emitted_;
 };
 
 }  // namespace dass

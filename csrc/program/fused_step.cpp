@@ -90,7 +90,7 @@ class FusedStep : public Step {
     strip.base = floor_line(strip.from * pitch - d.left);
     if (expand_) {
       const int64_t lanes = expand_->lanes(), begin = std::max<int64_t>(0, strip.base);
-      const int64_t end = (std::min(strip.to, d.x.rows) - 1) * pitch + d.x.columns;
+      const int64_t end = std::min(strip.to, d.x.rows) * pitch;  // with the zeros behind its last row
       strip.expand.add_flat(
           {begin / lanes, (end + lanes - 1) / lanes, 0, -strip.base, 0, d.x.rows, pitch, d.x.columns, 0}, lanes);
     }
@@ -111,7 +111,7 @@ class FusedStep : public Step {
       const auto [c0, c1] = expand_ ? expand_->rows_of(t) : share(d.y.channels, t, tiles);
       const float* x = pass.at(d.x);
       if (expand_) {
-        float* scratch = scratch_floats(0, tallest_ * d.x.channel);
+        float* scratch = scratch_floats(kHiddenScratch, tallest_ * d.x.channel);
         expand_->run(t, t + 1, pass.at(s_.expand.x), scratch - c0 * d.x.channel, nullptr, strip.expand, 0,
                      strip.expand.count());
         zero_outside(strip, scratch, c1 - c0);
@@ -120,7 +120,8 @@ class FusedStep : public Step {
         x += c0 * d.x.channel;
       }
       x += strip.from * d.x.pitch - d.left;
-      float* y = project_ ? scratch_floats(1, d.y.channels * d.y.channel) : pass.at(d.y) + strip.row * d.y.pitch;
+      float* y =
+          project_ ? scratch_floats(kStripScratch, d.y.channels * d.y.channel) : pass.at(d.y) + strip.row * d.y.pitch;
       depthwise_.run(x, y + c0 * d.y.channel, c0, c1, strip.end - strip.row, d.y.zeros());
     }
   }
@@ -129,7 +130,7 @@ class FusedStep : public Step {
   void zero_outside(const Strip& strip, float* scratch, int64_t channels) const {
     const Place& x = s_.depthwise.x;
     const int64_t lanes = expand_->lanes();
-    const int64_t end = (std::min(strip.to, x.rows) - 1) * x.pitch + x.columns;
+    const int64_t end = std::min(strip.to, x.rows) * x.pitch;
     const int64_t done = (end + lanes - 1) / lanes * lanes - strip.base;
     const int64_t all = ceil_line(strip.to * x.pitch - strip.base);
     for (int64_t c = 0; c < channels; ++c) {
@@ -140,7 +141,7 @@ class FusedStep : public Step {
 
   void finish(const Pass& pass, const Strip& strip) const {
     const float* residual = s_.project.has_residual ? pass.at(s_.project.residual) : nullptr;
-    const float* x = scratch_floats(1, s_.depthwise.y.channels * s_.depthwise.y.channel);
+    const float* x = scratch_floats(kStripScratch, s_.depthwise.y.channels * s_.depthwise.y.channel);
     const int64_t count = strip.project.count(), chunk = project_->chunk() ? project_->chunk() : count;
     for (int64_t b = 0; b < count; b += chunk)
       project_->run(0, project_->tiles(), x, pass.at(s_.project.y), residual, strip.project, b,

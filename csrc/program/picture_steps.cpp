@@ -63,11 +63,20 @@ class PoolStep : public Step {
     for (float f : shares(s_.y.columns, s_.kernel_w, s_.stride_w, s_.dilation_w, s_.left, s_.x.columns))
       by_column_.insert(by_column_.end(), s_.y.pixel, f);
     by_column_.resize(by_column_.size() + 16);
+    emit();
     const int64_t wide = (s_.y.columns + 16) * s_.stride_w + s_.kernel_w * s_.dilation_w;
     scratch_ = (std::max(wide, s_.left + s_.x.columns) + s_.right) * s_.y.pixel + 64;
   }
   void run(const Pass& pass, int64_t part, int64_t parts) const override {
     const auto [first, last] = share(s_.y.channels, part, parts);
+    if (code_) {
+      const int64_t corner = s_.top * s_.x.pitch + s_.left;
+      code_->run({pass.at(s_.x) + first * s_.x.channel - corner, pass.at(s_.y) + first * s_.y.channel,
+                  s_.has_residual ? pass.at(s_.residual) + first * s_.residual.channel : nullptr,
+                  packed_.data() + 2 * first, shares_.data(), offsets_.data(), last - first});
+      zero_around(pass, s_.y, written(s_.y), first, last);
+      return;
+    }
     PoolArgs a{};
     a.x = picture(pass, s_.x, first);
     a.y = rows_out(pass, s_.y, first, last);
@@ -86,26 +95,78 @@ class PoolStep : public Step {
     a.by_column = by_column_.data();
     a.scale = s_.scale.empty() ? nullptr : s_.scale.data() + first;
     a.bias = s_.bias.empty() ? nullptr : s_.bias.data() + first;
-    a.scratch = scratch_floats(0, scratch_);
+    a.scratch = scratch_floats(kHiddenScratch, scratch_);
     a.scratch_floats = scratch_;
     a.activation = s_.activation;
     fn_(a);
     zero_around(pass, s_.y, written(s_.y), first, last);
   }
-  std::string kernel() const override { return s_.maximum ? "pool max" : "pool avg"; }
+  std::string kernel() const override {
+    return std::string(code_ ? "emitted " : "") + (s_.maximum ? "pool max" : "pool avg");
+  }
 
  private:
+  void emit() {
+    EmitWindow g{};
+    g.op = s_.maximum ? kMaximum : kMean;
+    g.kernel_h = s_.kernel_h;
+    g.kernel_w = s_.kernel_w;
+    g.stride = s_.stride_w;
+    g.rows = s_.y.rows;
+    g.columns = s_.y.columns;
+    g.tap_row = s_.dilation_h * s_.x.pitch;
+    g.tap_column = s_.dilation_w;
+    g.stride_row = s_.stride_h * s_.x.pitch;
+    g.y_channel = s_.y.channel;
+    g.pitch = s_.y.pitch;
+    g.zeros = s_.y.zeros();
+    g.activation = s_.activation;
+    g.scaled = !s_.scale.empty() || !s_.bias.empty();
+    g.weights = 2;
+    g.relu_in = s_.relu_in;
+    g.residual = s_.has_residual;
+    g.residual_channel = s_.residual.channel;
+    g.residual_pitch = s_.residual.pitch;
+    g.in_rows = s_.x.rows;
+    g.in_columns = s_.x.columns;
+    g.top = s_.top;
+    g.left = s_.left;
+    g.stride_h = s_.stride_h;
+    g.dilation_h = s_.dilation_h;
+    g.dilation_w = s_.dilation_w;
+    if (s_.y.pixel == 1 && s_.x.space == 0) code_ = emit_window(g);
+    if (!code_ && (s_.relu_in || s_.has_residual))
+      throw std::invalid_argument("pool: a ReLU on the input and a residual take emitted code");
+    for (int64_t c = 0; c < s_.y.channels; ++c) {
+      packed_.push_back(s_.scale.empty() ? 1.0f : s_.scale[c]);
+      packed_.push_back(s_.bias.empty() ? 0.0f : s_.bias[c]);
+      offsets_.push_back(static_cast<int32_t>(c * s_.x.channel));
+    }
+    const int64_t wide = (s_.y.columns + 15) / 16 * 16;
+    for (int64_t row = 0; row < s_.y.rows && !s_.maximum; ++row)
+      for (int64_t x = 0; x < wide; ++x) shares_.push_back(x < s_.y.columns ? by_row_[row] * by_column_[x] : 0.0f);
+  }
+
   PoolSpec s_;
   void (*fn_)(const PoolArgs&);
-  std::vector<float> by_row_, by_column_;
+  std::vector<float> by_row_, by_column_, packed_, shares_;
+  std::vector<int32_t> offsets_;
+  std::unique_ptr<EmittedWindow> code_;
   int64_t scratch_;
 };
 
 class MapStep : public Step {
  public:
-  explicit MapStep(MapSpec s) : s_(std::move(s)), fn_(active_table().dense->map) {}
+  explicit MapStep(MapSpec s) : s_(std::move(s)), fn_(active_table().dense->map) { emit(); }
   void run(const Pass& pass, int64_t part, int64_t parts) const override {
     const auto [first, last] = share(s_.y.channels, part, parts);
+    if (code_) {
+      code_->run({pass.at(s_.x), pass.at(s_.y) + first * s_.y.channel,
+                  s_.combine == kAdd ? pass.at(s_.other) + first * s_.other.channel : nullptr,
+                  packed_.data() + 2 * first, nullptr, offsets_.data() + first, last - first});
+      zero_around(pass, s_.y, written(s_.y), first, last);
+      return;
+    }
     MapArgs a{};
     a.stride = s_.stride_w;
     a.combine = s_.combine;
@@ -130,13 +191,57 @@ class MapStep : public Step {
   }
   std::string kernel() const override {
     const char* names[] = {"copy", "add", "mul", "mul"};
-    return names[s_.combine];
+    return std::string(code_ ? "emitted " : "") + names[s_.combine];
   }
 
  private:
+  // Where all channels are read from the same corner of their planes up to a shift of some pixels,
+  // those that fall off the picture included, code is made for one of them.
+  void emit() {
+    const int64_t channels = s_.y.channels;
+    if (s_.y.pixel > 1 || channels == 0 || s_.combine == kMul || s_.combine == kMulChannel) return;
+    EmitWindow g{};
+    g.op = kWeighted;
+    g.kernel_h = g.kernel_w = 1;
+    g.stride = s_.stride_w;
+    g.rows = s_.y.rows;
+    g.columns = s_.y.columns;
+    g.tap_column = 1;
+    g.tap_row = s_.x.pitch;
+    g.stride_row = s_.stride_h * s_.x.pitch;
+    g.y_channel = s_.y.channel;
+    g.pitch = s_.y.pitch;
+    g.zeros = s_.y.zeros();
+    g.activation = s_.activation;
+    g.scaled = !s_.scale.empty() || !s_.bias.empty();
+    g.weights = 2;
+    g.residual = s_.combine == kAdd;
+    g.residual_channel = s_.other.channel;
+    g.residual_pitch = s_.other.pitch;
+    g.exact = s_.x.space != 0;
+    g.in_rows = s_.x.rows;
+    g.in_columns = s_.x.columns;
+    g.stride_h = s_.stride_h;
+    g.dilation_h = g.dilation_w = 1;
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t dy = shift(s_.shift_h, c), dx = shift(s_.shift_w, c);
+      // Phases that end early differ in their borders: such pictures are left to the kernel.
+      if ((dy || dx) && (s_.x.rows % s_.stride_h || s_.x.columns % s_.stride_w)) return;
+      if (dy >= s_.stride_h || dx >= s_.stride_w || dy < 0 || dx < 0) return;
+      offsets_.push_back(
+          static_cast<int32_t>((s_.channels.empty() ? c : s_.channels[c]) * s_.x.channel + dy * s_.x.pitch + dx));
+      packed_.push_back(s_.scale.empty() ? 1.0f : s_.scale[c]);
+      packed_.push_back(s_.bias.empty() ? 0.0f : s_.bias[c]);
+    }
+    code_ = emit_window(g);
+  }
+
   static int64_t shift(const std::vector<int32_t>& shifts, int64_t c) { return shifts.empty() ? 0 : shifts[c]; }
   MapSpec s_;
   void (*fn_)(const MapArgs&);
+  std::vector<float> packed_;
+  std::vector<int32_t> offsets_;
+  std::unique_ptr<EmittedWindow> code_;
 };
 
 class MeanStep : public Step {

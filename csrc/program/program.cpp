@@ -40,8 +40,8 @@ class Program::Arena : public Memory {
   using Memory::Memory;
 };
 
-float* scratch_floats(int slot, int64_t floats) {
-  thread_local std::unique_ptr<Memory> memory[2];
+float* scratch_floats(ScratchSlot slot, int64_t floats) {
+  thread_local std::unique_ptr<Memory> memory[kScratchSlots];
   auto& m = memory[slot];
   if (!m || m->floats() < floats) m = std::make_unique<Memory>(floats);
   return m->data();

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <stdexcept>
 
 #include "../cpu/isa.h"
 
@@ -13,6 +14,7 @@ SparseRows ordered_rows(const RowsSpec& s, bool sort) {
   const int64_t rows = static_cast<int64_t>(s.bias.size());
   m.activation = s.activation;
   m.residual = s.has_residual;
+  m.relu_in = s.relu_in;
   m.ldy = s.y.channel;
   m.ldr = s.has_residual ? s.residual.channel : 0;
   m.output.resize(rows);
@@ -62,10 +64,11 @@ void Blocks::add_flat(const Flat& f, int64_t lanes) {
   }
 }
 
-void Blocks::add_pixels(const Place& x, const Place& y) {
-  for (int64_t row = 0; row < y.rows; ++row)
-    for (int64_t at = 0; at < y.columns; at += vectors_) {
-      const int64_t from = std::min(at, y.columns - vectors_);
+void Blocks::add_pixels(const Place& x, const Place& y, int64_t deep) {
+  const int64_t wide = vectors_ / deep;
+  for (int64_t at_row = 0; at_row < y.rows; at_row += deep)
+    for (int64_t at = 0; at < y.columns; at += wide) {
+      const int64_t row = std::min(at_row, y.rows - deep), from = std::min(at, y.columns - wide);
       words_.push_back(static_cast<int32_t>((row * x.pitch + from) * x.pixel));
       words_.push_back(static_cast<int32_t>((row * y.pitch + from) * y.pixel));
       words_.insert(words_.end(), vectors_, static_cast<int32_t>(~0u >> (32 - y.pixel)));
@@ -75,8 +78,13 @@ void Blocks::add_pixels(const Place& x, const Place& y) {
 RowsRunner::RowsRunner(const RowsSpec& spec, RowsKernel kernel, bool sort)
     : kernel_(kernel), table_(active_table()), lanes_(table_.f32.lanes) {
   rows_ = ordered_rows(spec, sort && !kernel.emitted);
+  const int64_t before = (spec.x.pad * spec.x.pitch + spec.x.pad) * spec.x.pixel;
+  if (kernel_.depth)
+    for (int64_t c = kernel_.depth; c < spec.x.channels; c += kernel_.depth)
+      cuts_.push_back(static_cast<int32_t>(c * spec.x.channel - before));
   if (kernel_.emitted) {
-    emitted_ = emit_rows(rows_, {static_cast<int>(kernel_.height), static_cast<int>(kernel_.vectors)});
+    emitted_ = emit_rows(rows_, {static_cast<int>(kernel_.height), static_cast<int>(kernel_.vectors), cuts_});
+    if (!emitted_ && spec.relu_in) throw std::invalid_argument("rows: a ReLU on the input takes emitted code");
     if (!emitted_) {
       rows_ = ordered_rows(spec, sort);
       kernel_.emitted = false;
@@ -87,7 +95,15 @@ RowsRunner::RowsRunner(const RowsSpec& spec, RowsKernel kernel, bool sort)
     for (int64_t t = 0; t <= emitted_->tiles(); ++t) begins_.push_back(rows_.rows() * t / emitted_->tiles());
     return;
   }
-  kernel_.vectors = std::min<int64_t>(kernel_.vectors, table_.f32.max_vectors[0]);
+  // Two runs are of more than kRunVectors vectors, four of four each.
+  const int64_t most = table_.f32.max_vectors[0], vectors = kernel_.vectors;
+  const bool two = kernel_.deep == 2 && vectors % 2 == 0 && vectors > kRunVectors && vectors <= most;
+  const bool four = kernel_.deep == 4 && vectors == 16 && table_.f32.squares[0];
+  if (!two && !four) {
+    kernel_.vectors = std::max<int64_t>(1, vectors / kernel_.deep);
+    kernel_.deep = 1;
+  }
+  kernel_.vectors = std::min(kernel_.vectors, most);
   begins_ = balanced(rows_, std::max<int64_t>(1, std::min<int64_t>(16, rows_.rows())));
 }
 
@@ -118,15 +134,30 @@ void RowsRunner::run_templates(int64_t row, int64_t end, const float* x, float* 
   t.x = x + block[0];
   t.y = y + block[1];
   t.residual = residual ? residual + block[1] : nullptr;
-  t.masks = reinterpret_cast<const uint32_t*>(block + 2);
+  if (kernel_.deep == 1) t.masks = reinterpret_cast<const uint32_t*>(block + 2);
   t.gap = t.out_gap = first_run(static_cast<int>(kernel_.vectors)) * lanes_;
-  table_.f32.spmm[kDirect][0][kernel_.vectors - 1](t);
+  if (kernel_.deep > 1) t.gap = gap_, t.out_gap = out_gap_;
+  const auto& k = table_.f32;
+  const auto whole = kernel_.deep == 4 ? k.squares[0] : k.spmm[kDirect][0][kernel_.vectors - 1];
+  const auto staged = kernel_.deep == 4 ? k.squares[1] : k.blocked[kDirect][kernel_.vectors - 1];
+  if (cuts_.empty()) return whole(t);
+  const int64_t rows = end - row, floats = kernel_.vectors * lanes_;
+  t.partial = scratch_floats(kPartialScratch, rows * (floats + 1));
+  t.cursors = reinterpret_cast<int32_t*>(t.partial + rows * floats);
+  for (size_t stage = 0; stage <= cuts_.size(); ++stage) {
+    t.first = stage == 0;
+    t.last = stage == cuts_.size();
+    t.limit = t.last ? INT32_MAX : cuts_[stage];
+    staged(t);
+  }
 }
 
 std::string RowsRunner::name() const {
-  if (!emitted_) return "spmm " + std::to_string(kernel_.vectors);
+  const std::string depth = cuts_.empty() ? "" : ", " + std::to_string(kernel_.depth) + " channels";
+  const std::string deep = kernel_.deep > 1 ? " in " + std::to_string(kernel_.deep) + " rows" : "";
+  if (!emitted_) return "spmm " + std::to_string(kernel_.vectors) + deep + depth;
   return "emitted " + std::to_string(kernel_.height) + "x" + std::to_string(kernel_.vectors) +
-         (kernel_.chunk ? "/" + std::to_string(kernel_.chunk) : "");
+         (kernel_.chunk ? "/" + std::to_string(kernel_.chunk) : "") + depth;
 }
 
 }  // namespace dass

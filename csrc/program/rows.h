@@ -20,8 +20,9 @@ struct SparseRows {
   std::vector<int32_t> output;  // which output row each row is: they may be sorted
   Activation activation = kNone;
   bool residual = false;
-  int64_t ldy = 0;  // floats from an output row to the next
-  int64_t ldr = 0;  // the same of the residual
+  bool relu_in = false;  // emitted code only
+  int64_t ldy = 0;       // floats from an output row to the next
+  int64_t ldr = 0;       // the same of the residual
 
   int64_t rows() const { return static_cast<int64_t>(bias.size()); }
   int64_t count() const { return static_cast<int64_t>(values.size()); }
@@ -41,8 +42,8 @@ class Blocks {
     int64_t first, last, pitch, columns, shift;
   };
   void add_flat(const Flat& f, int64_t lanes);
-  // All pixels of a picture whose pixel is a register, row by row.
-  void add_pixels(const Place& x, const Place& y);
+  // All pixels of a picture whose pixel is a register, `deep` rows at a time.
+  void add_pixels(const Place& x, const Place& y, int64_t deep);
 
   int64_t vectors() const { return vectors_; }
   int64_t count() const { return static_cast<int64_t>(words_.size()) / stride(); }
@@ -69,6 +70,9 @@ class RowsRunner {
            int64_t begin, int64_t end) const;
 
   int64_t vectors() const { return kernel_.vectors; }
+  int64_t deep() const { return kernel_.deep; }
+  // Floats from a run of pixels of a block to the next, of x and y.
+  void set_gaps(int64_t x, int64_t y) { gap_ = x, out_gap_ = y; }
   int64_t chunk() const { return kernel_.chunk; }
   int64_t lanes() const { return lanes_; }
   std::string name() const;
@@ -80,8 +84,10 @@ class RowsRunner {
   RowsKernel kernel_;
   const KernelTable& table_;
   int64_t lanes_;
+  int64_t gap_ = 0, out_gap_ = 0;
   SparseRows rows_;
   std::vector<int64_t> begins_;
+  std::vector<int32_t> cuts_;  // offsets at which stages end, see EmitTile
   std::unique_ptr<EmittedRows> emitted_;
 };
 

@@ -24,7 +24,8 @@ class RowsStep : public Step {
       throw std::invalid_argument("rows: residual and output must have one pitch");
     has_residual_ = s.has_residual;
     if (y_.pixel > 1) {
-      blocks_.add_pixels(x_, y_);
+      blocks_.add_pixels(x_, y_, runner_.deep());
+      runner_.set_gaps(x_.pitch * x_.pixel, y_.pitch * y_.pixel);
       written_ = y_.end() + y_.zeros();
       return;
     }
@@ -61,7 +62,9 @@ class RowsStep : public Step {
   }
   static RowsKernel fitting(const RowsSpec& s) {
     RowsKernel kernel = s.kernel;
-    kernel.vectors = std::min(kernel.vectors, s.y.pixel > 1 ? s.y.columns : registers(s.y));
+    if (s.y.pixel == 1 || kernel.deep > s.y.rows || kernel.deep * s.y.columns < kernel.vectors)
+      kernel.vectors /= kernel.deep, kernel.deep = 1;
+    if (kernel.deep == 1) kernel.vectors = std::min(kernel.vectors, s.y.pixel > 1 ? s.y.columns : registers(s.y));
     return kernel;
   }
 

@@ -61,7 +61,8 @@ inline void zero_around(const Pass& pass, const Place& p, int64_t from, int64_t 
 }
 
 // Memory of the calling thread, aligned to a line; it only grows.
-float* scratch_floats(int slot, int64_t floats);
+enum ScratchSlot { kHiddenScratch, kStripScratch, kPartialScratch, kScratchSlots };
+float* scratch_floats(ScratchSlot slot, int64_t floats);
 
 inline PlanesOut planes_out(const Pass& pass, const Place& p, int64_t first, int64_t last) {
   return {pass.at(p) + first * p.channel, p.channel, p.pitch, last - first, p.rows, p.columns, p.pixel, p.zeros()};
@@ -73,6 +74,8 @@ struct RowsKernel {
   int64_t height = 28;
   int64_t vectors = 1;
   int64_t chunk = 0;  // emitted: blocks per pass over all rows; 0: all
+  int64_t deep = 1;   // templates, batch innermost: rows of pixels per block; `vectors` is of all
+  int64_t depth = 0;  // channels of x per stage, see EmitTile; 0: all
 };
 
 // What a sparse convolution step is made of: entry i of row r reads x at offsets[i].
@@ -82,6 +85,7 @@ struct RowsSpec {
   std::vector<int32_t> indptr, offsets;
   std::vector<float> values, bias;
   Activation activation = kNone;
+  bool relu_in = false;  // on x, emitted code only
   RowsKernel kernel;
 };
 StepPtr make_rows(RowsSpec spec);
@@ -92,6 +96,7 @@ struct DepthwiseSpec {
   std::vector<float> weights, bias;
   Activation activation;
   bool emitted = false;  // whether code may be made for it
+  bool relu_in = false;  // on x, emitted code only
 };
 StepPtr make_depthwise(DepthwiseSpec spec);
 
@@ -113,6 +118,8 @@ struct PoolSpec {
   int64_t kernel_h, kernel_w, stride_h, stride_w, top, left, bottom, right, dilation_h, dilation_w;
   std::vector<float> scale, bias;  // empty: none
   Activation activation;
+  Place residual;  // emitted code only, as relu_in
+  bool has_residual = false, relu_in = false;
 };
 StepPtr make_pool(PoolSpec spec);
 

@@ -69,7 +69,7 @@ def fuse_activations(graph: Graph) -> Graph:
     """An Act into the node before it, where that has no other reader.
 
     Equal Acts of one node are merged first. The Act of a Concat that only it reads is done to the
-    Concat's inputs instead, each of which may then take it or share it with another reader.
+    Concat's inputs instead, if the Concat alone reads those, too: each may then take it.
     """
     graph = merge(_through_concat(merge(graph, (Act,))), (Act,))
     readers = graph.readers()
@@ -102,6 +102,7 @@ def _through_concat(graph: Graph) -> Graph:
         for node in graph
         if isinstance(node, Concat)
         and isinstance(act := sole_reader(graph, readers, node.name), Act)
+        and all(len(readers[name]) == 1 for name in node.inputs)
     }
     nodes: list[Node] = []
     renamed = {act.name: name for name, act in acts.items()}

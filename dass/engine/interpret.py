@@ -18,6 +18,7 @@ from dass.engine.graph import (
     Linear,
     Mean,
     Mul,
+    Node,
     Pool,
     Torch,
 )
@@ -51,8 +52,13 @@ def run(graph: Graph, x: Tensor) -> Tensor:
     values: dict[str, Tensor] = {}
     for node in graph:
         inputs = [values[name] for name in node.inputs]
-        values[node.name] = x if isinstance(node, Input) else _RUN[type(node)](node, *inputs)
+        values[node.name] = x if isinstance(node, Input) else run_node(node, *inputs)
     return values[graph.outputs[0]]
+
+
+def run_node(node: Node, *inputs: Tensor) -> Tensor:
+    """One node's output, [B, ...], in the dtype and on the device of its inputs."""
+    return _RUN[type(node)](node, *inputs)
 
 
 def _conv(node: Conv, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from torch import Tensor
 
+from dass.engine import ahead
 from dass.engine import graph as g
 from dass.engine.depth_first import Fusion
 from dass.engine.layout import Layout, Place, assign_offsets, tensor, vector
@@ -34,8 +35,16 @@ from dass.engine.steps import (
 class _Planner:
     """Turns the nodes of one segment into steps."""
 
-    def __init__(self, graph: g.Graph, pixel: int, sparse_gemv: bool, fusions: Iterable[Fusion]):
+    def __init__(
+        self,
+        graph: g.Graph,
+        pixel: int,
+        sparse_gemv: bool,
+        emitted: bool,
+        fusions: Iterable[Fusion],
+    ):
         self.graph, self.pixel, self.sparse_gemv = graph, pixel, sparse_gemv
+        self.emitted = emitted and pixel == 1
         self.fusions = {fusion.last: fusion for fusion in fusions}
         self.inside = {name for fusion in fusions for name in fusion.members} - {*self.fusions}
         self.layout = Layout(pixel)
@@ -47,6 +56,8 @@ class _Planner:
         self.nodes = {node.name: node for node in graph}
         self.splits: dict[tuple, str] = {}
         self.imports: dict[str, str] = {}
+        self.relus: dict[str, str] = {}  # a ReLU that its readers do -> what it reads
+        self.sums: dict[str, str] = {}  # a sum that a pool does -> the pool
         self.scratch: list[tuple[Fusion, str, str]] = []
 
     def plan(self) -> Plan:
@@ -56,19 +67,26 @@ class _Planner:
         for node in self.graph:
             if isinstance(node, g.Concat):
                 self._part(node)
+        if self.emitted:
+            readers = self.graph.readers()
+            self.relus = ahead.relus_read_through(self.graph, readers)
+            self.sums = ahead.sums_of_pools(self.graph, readers, {*self.relus, *self.parts})
         for node in self.graph:
             if not isinstance(node, g.Input):
                 self._declare(node)
         for node in self.graph:
             if node.name in self.fusions:
                 self._fused(self.fusions[node.name])
-            elif not isinstance(node, g.Input) and node.name not in self.inside:
+            elif not isinstance(node, g.Input) and not self._done_elsewhere(node.name):
                 getattr(self, f"_{node.op}")(node)
         shapes = [node.shape for node in inputs]
         for space, name in enumerate(self.graph.outputs, len(inputs) + 1):
             self._write_out(name, space)
             shapes.append(self.nodes[name].shape)
         return self._finish([int(np.prod(shape)) for shape in shapes])
+
+    def _done_elsewhere(self, name: str) -> bool:
+        return name in self.inside or name in self.relus or name in self.sums.values()
 
     # Geometry
 
@@ -99,7 +117,11 @@ class _Planner:
         return shape if len(shape) == 3 else (shape[0], 1, 1)
 
     def _picture(self, name: str) -> str:
-        """`name` as a picture in the arena: tensors of the call are brought in once."""
+        """`name` as a picture in the arena: tensors of the call are brought in once.
+
+        For a ReLU that its readers do, what it reads.
+        """
+        name = self.relus.get(name, name)
         if name not in self.fixed or self.fixed[name].space == 0:
             return name
         if name not in self.imports:
@@ -158,17 +180,18 @@ class _Planner:
             return self._depthwise(node)
         x, taps = self._taps(node)
         reads = {"x": x}
+        split = x in self.splits.values()
         if self.pixel == 1:
             self._link(x, node.name)
         if len(node.inputs) > 1:
             reads["residual"] = self._picture(node.inputs[1])
             self._link(reads["residual"], node.name)
-        self._rows(node, reads, taps)
+        self._rows(node, reads, taps, relu_in=node.inputs[0] in self.relus and not split)
 
     def _depthwise(self, node: g.Conv) -> None:
         x = self._picture(node.inputs[0])
         self.layout.need(x, reach(node, self._shape(x)))
-        self.steps.append(depthwise_step(node, x, node.name))
+        self.steps.append(depthwise_step(node, x, node.name, node.inputs[0] in self.relus))
 
     def _fused(self, fusion: Fusion) -> None:
         """[1x1 ->] depthwise [-> 1x1] as one step; what lies between is scratch."""
@@ -182,10 +205,12 @@ class _Planner:
             hidden[0] if fusion.expand else x,
             hidden[1] if fusion.project else last.name,
         )
-        inner = {"depthwise": depthwise_step(middle, source, target)}
+        relu_in = first.inputs[0] in self.relus
+        inner = {"depthwise": depthwise_step(middle, source, target, relu_in and first is middle)}
         reads = {"x": x}
         if fusion.expand:
-            inner["expand"] = rows_step(first, {"x": x}, source, pointwise_taps(first))
+            taps = pointwise_taps(first)
+            inner["expand"] = rows_step(first, {"x": x}, source, taps, relu_in=relu_in)
         if fusion.project:
             if len(last.inputs) > 1:
                 reads["residual"] = self._picture(last.inputs[1])
@@ -252,9 +277,11 @@ class _Planner:
     def _split(self, node: g.Conv, dy: np.ndarray, dx: np.ndarray) -> tuple[str, dict]:
         """The phases of a strided input: pixel (sh y + a, sw x + b) at (y, x) of plane (a, b)."""
         sh, sw = node.stride
-        name = node.inputs[0] if self.pixel == 1 else self._picture(node.inputs[0])
+        relu = node.inputs[0] in self.relus
+        name = self.relus.get(node.inputs[0], node.inputs[0])
+        name = name if self.pixel == 1 else self._picture(name)
         phases = [(a, b) for a in sorted({*(dy % sh)}) for b in sorted({*(dx % sw)})]
-        key = (name, sh, sw, tuple(phases))
+        key = (name, relu, sh, sw, tuple(phases))
         index = {phase: i for i, phase in enumerate(phases)}
         if key in self.splits:
             return self.splits[key], index
@@ -265,7 +292,7 @@ class _Planner:
             "channels": np.repeat(np.arange(channels, dtype=np.int32), len(phases)),
             "shift_h": np.tile(np.array([a for a, _ in phases], np.int32), channels),
             "shift_w": np.tile(np.array([b for _, b in phases], np.int32), channels),
-            "stride_h": sh, "stride_w": sw,
+            "stride_h": sh, "stride_w": sw, "activation": int(relu),
         }  # fmt: skip
         note = (
             "one plane for each phase of the stride" if sh * sw > 1 else "zeros around the planes"
@@ -273,8 +300,14 @@ class _Planner:
         self._map({"x": name}, split, node.source, note=note, **fields)
         return split, index
 
-    def _rows(self, node: g.Conv, reads: dict, taps: Callable[[Place], np.ndarray]) -> None:
-        self.steps.append(rows_step(node, reads, node.name, taps))
+    def _rows(
+        self,
+        node: g.Conv,
+        reads: dict,
+        taps: Callable[[Place], np.ndarray],
+        relu_in: bool = False,
+    ) -> None:
+        self.steps.append(rows_step(node, reads, node.name, taps, relu_in=relu_in))
         if node.activation not in SIMPLE_ACTIVATIONS:
             code = ACTIVATION_CODES[node.activation]
             self._map({"x": node.name}, node.name, node.source, activation=code)
@@ -303,21 +336,24 @@ class _Planner:
         }  # fmt: skip
         self._step("gemv", {"x": x}, node.name, fields, node.source, **how)
 
-    def _pool(self, node: g.Pool) -> None:
+    def _pool(self, node: g.Pool, end: g.Add | None = None, residual: str | None = None) -> None:
+        """`end`: the sum that the pool does, too, with `residual`."""
+        reads = {"x": self._picture(node.inputs[0])}
+        if residual is not None:
+            reads["residual"] = residual
         fields = {
-            "maximum": node.kind == "max", "count_padding": node.count_padding,
+            "relu_in": node.inputs[0] in self.relus, "maximum": node.kind == "max",
+            "count_padding": node.count_padding,
             "kernel_h": node.kernel[0], "kernel_w": node.kernel[1],
             "stride_h": node.stride[0], "stride_w": node.stride[1],
             "top": node.padding[0], "bottom": node.padding[1],
             "left": node.padding[2], "right": node.padding[3],
             "dilation_h": node.dilation[0], "dilation_w": node.dilation[1],
             "scale": floats(node.scale), "bias": floats(node.bias),
-            "activation": ACTIVATION_CODES[node.activation],
+            "activation": ACTIVATION_CODES[(end or node).activation],
         }  # fmt: skip
         macs = int(np.prod(node.shape) * np.prod(node.kernel))
-        self._step(
-            "pool", {"x": self._picture(node.inputs[0])}, node.name, fields, node.source, macs=macs
-        )
+        self._step("pool", reads, (end or node).name, fields, node.source, macs=macs)
 
     def _mean(self, node: g.Mean) -> None:
         self._step("mean", {"x": self._picture(node.inputs[0])}, node.name, {}, node.source)
@@ -327,6 +363,10 @@ class _Planner:
         self._map({"x": a, "other": b}, node.name, node.source, combine, **fields)
 
     def _add(self, node: g.Add) -> None:
+        if node.name in self.sums:
+            pool = self.nodes[self.sums[node.name]]
+            (other,) = (name for name in node.inputs if name != pool.name)
+            return self._pool(pool, node, self._picture(other))
         self._combine(node, "add", activation=ACTIVATION_CODES[node.activation])
 
     def _mul(self, node: g.Mul) -> None:
@@ -426,12 +466,18 @@ class _Planner:
 
 
 def make_plan(
-    graph: g.Graph, pixel: int, *, sparse_gemv: bool = False, fusions: Iterable[Fusion] = ()
+    graph: g.Graph,
+    pixel: int,
+    *,
+    sparse_gemv: bool = False,
+    emitted: bool = False,
+    fusions: Iterable[Fusion] = (),
 ) -> Plan:
     """The steps of a graph without Torch nodes.
 
     pixel: images per pass: 1, or the lanes of a register, which then lie side by side. sparse_gemv:
-    whether there is a kernel for vectors times matrices stored as bit masks. fusions: groups that
-    run depth first (planes of one image only).
+    whether there is a kernel for vectors times matrices stored as bit masks. emitted: whether code
+    may be emitted, which then does some ReLUs and sums on the way. fusions: groups that run depth
+    first (planes of one image only).
     """
-    return _Planner(graph, pixel, sparse_gemv, tuple(fusions)).plan()
+    return _Planner(graph, pixel, sparse_gemv, emitted, tuple(fusions)).plan()

@@ -88,7 +88,12 @@ class Offsets:
 
 
 def rows_step(
-    node: g.Conv, reads: dict[str, str], writes: str, taps: Callable[[Place], np.ndarray]
+    node: g.Conv,
+    reads: dict[str, str],
+    writes: str,
+    taps: Callable[[Place], np.ndarray],
+    *,
+    relu_in: bool = False,
 ) -> Step:
     """A convolution as sparse rows; grouped ones, too. taps: see :class:`Offsets`."""
     outputs, per_group = node.weight.shape[:2]
@@ -104,7 +109,8 @@ def rows_step(
         "values": weight[row, column].astype(np.float32),
         "bias": floats(node.bias),
         "activation": ACTIVATION_CODES[node.activation if simple else None],
-        "emitted": False, "height": 28, "vectors": 8, "chunk": 0,
+        "relu_in": relu_in, "emitted": False, "height": 28, "vectors": 8,
+        "chunk": 0, "deep": 1, "depth": 0,
     }  # fmt: skip
     macs = node.weight.numel() * node.shape[1] * node.shape[2]
     return Step("rows", reads, writes, fields, node.source, macs=macs, nonzeros=len(row))
@@ -124,13 +130,13 @@ def suits_depthwise(node: g.Conv, pixel: int) -> bool:
     )
 
 
-def depthwise_step(node: g.Conv, x: str, y: str) -> Step:
+def depthwise_step(node: g.Conv, x: str, y: str, relu_in: bool) -> Step:
     fields = {
         "kernel": node.weight.shape[2], "stride_h": node.stride[0], "stride_w": node.stride[1],
         "top": node.padding[0], "left": node.padding[2],
         "dilation_h": node.dilation[0], "dilation_w": node.dilation[1],
         "weights": floats(node.weight), "bias": floats(node.bias),
-        "activation": ACTIVATION_CODES[node.activation], "emitted": True,
+        "activation": ACTIVATION_CODES[node.activation], "emitted": True, "relu_in": relu_in,
     }  # fmt: skip
     macs = node.weight.numel() * node.shape[1] * node.shape[2]
     nonzeros = int((node.weight != 0).sum())

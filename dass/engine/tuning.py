@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from dass.engine.depth_first import Fusion
 from dass.engine.steps import Plan, Step
 from dass.timing import machine_facts
 
-VERSION = 1  # of the kernels' behaviour: what an older one measured is not read
+VERSION = 3  # of the kernels' behaviour: what an older one measured is not read
 ROUNDS = 3  # passes over all kinds, each of up to RUNS runs
 RUNS = 9
 TURN_SECONDS = 0.25
@@ -36,46 +36,70 @@ L1_BYTES = 24 << 10  # of pixels that one pass over the rows should stay within
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a product is run; `chunk` is in blocks, 0 for all. See ``RowsKernel`` in C++."""
+    """How a product is run; see ``RowsKernel`` in C++.
+
+    chunk: blocks per pass over the rows. deep: rows of pixels per block. depth: channels per stage.
+    0 for all.
+    """
 
     emitted: bool
     height: int
     vectors: int
     chunk: int = 0
+    depth: int = 0
+    deep: int = 1
 
     def __str__(self) -> str:
-        if not self.emitted:
-            return f"spmm {self.vectors}"
-        return f"emitted {self.height}x{self.vectors}" + (f"/{self.chunk}" if self.chunk else "")
+        name = f"emitted {self.height}x{self.vectors}" if self.emitted else f"spmm {self.vectors}"
+        name += f"/{self.chunk}" if self.chunk else ""
+        name += f" in {self.deep} rows" if self.deep > 1 else ""
+        return name + (f", {self.depth} channels" if self.depth else "")
 
 
-TEMPLATES = tuple(Kernel(False, 1, vectors) for vectors in (4, 8, 14))
+TEMPLATES = (
+    *(Kernel(False, 1, vectors) for vectors in (4, 8, 14)),
+    Kernel(False, 1, 14, depth=32),
+)
 EMITTED = tuple(
     Kernel(True, height, vectors) for height, vectors in ((28, 1), (13, 2), (8, 3), (6, 4), (4, 7))
 )
-DEFAULT_TEMPLATE = TEMPLATES[1]
-DEFAULT_EMITTED = EMITTED[0]
+# In stages of channels, for products that read more than fits into L1.
+STAGED = (
+    Kernel(True, 28, 1, chunk=4, depth=32),
+    Kernel(True, 28, 1, chunk=16, depth=32),
+    Kernel(True, 28, 1, chunk=64, depth=32),
+    Kernel(True, 14, 2, chunk=8, depth=32),
+    Kernel(True, 6, 4, chunk=2, depth=32),
+)
+LEAST_STAGED = 64  # channels
+# With the batch innermost: blocks of several rows.
+DEEP = tuple(
+    Kernel(False, 1, 16, depth=depth, deep=deep) for deep in (2, 4) for depth in (0, 16, 32)
+)
 
 
 def default_kernel() -> Kernel:
     """For a product that was never measured."""
-    return DEFAULT_TEMPLATE if dass_kernels.emit_unavailable() else DEFAULT_EMITTED
+    return TEMPLATES[1] if dass_kernels.emit_unavailable() else EMITTED[0]
 
 
 def candidates(plan: Plan, step: Step) -> list[Kernel]:
     """What is worth trying for one product."""
-    found = list(TEMPLATES)
+    place = plan.places[step.reads["x"]]
+    staged = place.channels >= LEAST_STAGED
+    found = [] if step.fields["relu_in"] else [k for k in TEMPLATES if staged or not k.depth]
+    if place.pixel > 1 and not step.fields["relu_in"]:
+        found += [k for k in DEEP if staged or not k.depth]
     if dass_kernels.emit_unavailable():
         return found
-    place = plan.places[step.reads["x"]]
+    found += [Kernel(True, 28, 1), Kernel(True, 28, 1, chunk=4)]
     for kernel in EMITTED:
         if kernel.vectors > 1 and step.nonzeros * (11 * kernel.vectors + 10) > MOST_CODE:
             continue
-        found.append(kernel)
         chunk = max(1, L1_BYTES // (place.channels * kernel.vectors * 64))
-        if chunk * kernel.vectors * 16 < place.rows * place.pitch * place.pixel:
-            found.append(Kernel(True, kernel.height, kernel.vectors, chunk))
-    return found
+        whole = chunk * kernel.vectors * 16 >= place.rows * place.pitch * place.pixel
+        found += [kernel] if whole else [kernel, replace(kernel, chunk=chunk)]
+    return list(dict.fromkeys(found + [k for k in STAGED if staged]))
 
 
 def products(plan: Plan) -> list[Step]:
@@ -84,19 +108,29 @@ def products(plan: Plan) -> list[Step]:
 
 
 def set_kernel(step: Step, kernel: Kernel) -> None:
-    step.fields.update(
-        emitted=kernel.emitted, height=kernel.height, vectors=kernel.vectors, chunk=kernel.chunk
-    )
+    step.fields.update(vars(kernel))
+
+
+def kernel_of(step: Step) -> Kernel:
+    """The one that `set_kernel` set."""
+    return Kernel(**{each.name: step.fields[each.name] for each in fields(Kernel)})
+
+
+def exists(kernel: Kernel) -> bool:
+    """Whether it is one of those that are tried, with any chunk or depth."""
+    known = (*TEMPLATES, *EMITTED, *STAGED, *DEEP)
+    plain = replace(kernel, chunk=0, depth=0)
+    sizes = kernel.chunk >= 0 and kernel.depth >= 0
+    return sizes and plain in [replace(each, chunk=0, depth=0) for each in known]
 
 
 def signature(plan: Plan, step: Step) -> str:
     """Steps with one signature take one time."""
     x, y = plan.places[step.reads["x"]], plan.places[step.writes]
-    parts = (
-        step.kind, f"{x.channels}x{x.rows}x{x.columns}", f"{y.channels}x{y.rows}x{y.columns}",
-        step.nonzeros, step.fields["activation"], "residual" in step.reads, x.pixel,
-    )  # fmt: skip
-    return " ".join(map(str, parts))
+    shapes = (f"{p.channels}x{p.rows}x{p.columns}" for p in (x, y))
+    kind = "relu, rows" if step.fields["relu_in"] else "rows"
+    rest = step.nonzeros, step.fields["activation"], "residual" in step.reads, x.pixel
+    return " ".join(map(str, (kind, *shapes, *rest)))
 
 
 def choose(
@@ -280,9 +314,16 @@ def _read(path: Path | None) -> dict[str, dict]:
         return {}
     try:
         found = json.loads(path.read_text())[machine_key()]
-        return {key: row for key, row in found.items() if Kernel(**row["kernel"])}
+        return {key: row for key, row in found.items() if _is_choice(row)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _is_choice(row: dict) -> bool:
+    """Of a product ("kernel") or a group ("how"); KeyError or TypeError for anything else."""
+    if "kernel" in row:
+        return exists(Kernel(**row["kernel"]))
+    return isinstance(row["how"]["strip"], int)
 
 
 def _write(path: Path | None, measured: dict[str, dict]) -> None:
