@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/dense.h"
 #include "cpu/kernels.h"
 #include "guarded.h"
 
@@ -54,17 +55,25 @@ inline double activated(double v, dass::Activation activation) {
       return clamp(v, 6);
     case dass::kHardswish:
       return v * clamp(v + 3, 6) / 6;
+    case dass::kHardsigmoid:
+      return clamp(v + 3, 6) / 6;
+    case dass::kSigmoid:
+      return 1 / (1 + std::exp(-v));
+    case dass::kSilu:
+      return v / (1 + std::exp(-v));
     default:
       return v;
   }
 }
 
-// dass_kernels.testing.forward_bound: hardswish has a slope of at most 1.5 and rounds four times.
+// dass_kernels.testing.forward_bound: hardswish has a slope of at most 1.5 and rounds four times; what
+// has an exponential rounds more often, and is at most its argument or 1.
 template <class T>
 double forward_bound(const Sum& sum, dass::Activation activation) {
-  if (activation != dass::kHardswish) return sum.bound<T>();
+  if (activation < dass::kHardswish) return sum.bound<T>();
   const double bound = 1.5 * sum.bound<T>();
-  return bound + tolerance<T>(2) * (sum.magnitude + bound);
+  if (activation == dass::kHardswish) return bound + tolerance<T>(2) * (sum.magnitude + bound);
+  return bound + tolerance<T>(6) * (sum.magnitude + bound + 1);
 }
 
 // NaN, infinity and what an activation makes of them must be met exactly.
@@ -121,6 +130,11 @@ template <class T>
 int64_t check_gemv(const dass::Kernels<T>& kernels, const std::string& name);
 template <class T>
 int64_t check_transpose(const dass::Kernels<T>& kernels, const std::string& name);
+// Those of compiled networks, and what they take of a register.
+int64_t check_dense(const dass::KernelTable& table);
+void check_registers(const std::string& isa);
+// A whole network as a program, on the instruction set in use.
+void check_program(const std::string& isa);
 // The ops, on the instruction set in use; returns how many cases that were.
 template <class T>
 int64_t check_convolutions(const std::string& name);

@@ -33,13 +33,30 @@ int64_t kernels_in(const dass::Kernels<T>& kernels) {
   return found;
 }
 
+int64_t kernels_in(const dass::DenseKernels& kernels) {
+  int64_t found = 0;
+  for (const auto fn : kernels.depthwise) found += fn != nullptr;
+  return found + (kernels.pool != nullptr) + (kernels.map != nullptr) + (kernels.mean != nullptr) +
+         (kernels.gemv != nullptr);
+}
+
+void expect_all(int64_t done, int64_t all) {
+  if (done != all) fail(std::to_string(all - done) + " of " + std::to_string(all) + " kernels have no check");
+}
+
 template <class T>
 int64_t check_table(const dass::Kernels<T>& kernels, const std::string& name) {
   const int64_t done = check_spmm(kernels, name) + check_blocked(kernels, name) + check_sddmm(kernels, name) +
                        check_gemv(kernels, name) + check_transpose(kernels, name);
   current() = name;
-  const int64_t all = kernels_in(kernels);
-  if (done != all) fail(std::to_string(all - done) + " of " + std::to_string(all) + " kernels have no check");
+  expect_all(done, kernels_in(kernels));
+  return done;
+}
+
+int64_t check_dense_table(const dass::KernelTable& table) {
+  const int64_t done = check_dense(table);
+  current() = table.isa;
+  expect_all(done, kernels_in(*table.dense));
   return done;
 }
 
@@ -53,8 +70,11 @@ int run(std::vector<std::string> isas) {
   for (const std::string& isa : isas) {
     const dass::KernelTable& table = dass::table_named(isa);
     const int64_t before = count();
-    const int64_t kernels = check_table(table.f32, isa + " f32") + check_table(table.f64, isa + " f64");
+    check_registers(isa);
+    const int64_t kernels =
+        check_table(table.f32, isa + " f32") + check_table(table.f64, isa + " f64") + check_dense_table(table);
     dass::set_isa(isa);
+    check_program(isa);
     const int64_t ops = check_ops<float>(isa + " f32") + check_ops<double>(isa + " f64");
     std::printf("%s: %lld kernels and %lld ops right, %lld values compared\n", isa.c_str(),
                 static_cast<long long>(kernels), static_cast<long long>(ops), static_cast<long long>(count() - before));

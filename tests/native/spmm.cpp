@@ -71,6 +71,7 @@ struct Stores {
   int64_t width;               // elements of a row of outputs
   int tail;
   bool masked;
+  bool zeros = false;  // lanes that are not kept stay where they are, as zeros
 };
 
 template <class T>
@@ -101,6 +102,15 @@ Stores masked_stores(const Problem<T>& p, Random& random) {
   return s;
 }
 
+template <class T>
+Stores zeroing_stores(const Problem<T>& p, Random& random) {
+  Stores s = masked_stores(p, random);
+  s.zeros = true;
+  s.width = p.vectors * p.lanes;
+  for (int v = 0; v < p.vectors; ++v) s.outs[v] = v * p.lanes;
+  return s;
+}
+
 // NaN but for the elements that a kept lane reads; the kernel loads whole vectors. `special` is put into
 // one that counts.
 template <class T>
@@ -127,34 +137,53 @@ struct Case {
   T special;
 };
 
+// Where outputs go: the row of y for each one, and the distances of rows.
+struct Target {
+  Guarded<int32_t> rows;
+  int64_t ldy, ldr;
+};
+
+void shuffle(Guarded<int32_t>& rows, Random& random) {
+  for (int64_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<int32_t>(i);
+  for (int64_t i = rows.size() - 1; i > 0; --i) std::swap(rows[i], rows[random.below(i + 1)]);
+}
+
 template <class T>
 void check_row(const Problem<T>& p, const Stores& s, const Case<T>& c, const Guarded<T>& x, const Guarded<T>& residual,
-               const Guarded<T>& y, int64_t ldy, int64_t row) {
-  const int64_t block = row / p.block;
+               const Guarded<T>& y, const Target& to, int64_t row) {
+  const int64_t block = row / p.block, ldy = to.ldy, begin = to.rows[row] * ldy;
   std::vector<bool> written(ldy);
   for (int v = 0; block >= c.row_begin && block < c.row_end && v < p.vectors; ++v)
     for (int lane = 0, n = 0; lane < p.lanes; ++lane) {
-      if (!(s.kept[v] >> lane & 1u)) continue;
-      const int64_t at = row * ldy + s.outs[v] + n++;
+      const bool kept = s.kept[v] >> lane & 1u;
+      if (!kept && !s.zeros) continue;
+      const int64_t column = s.outs[v] + n++, at = begin + column;
+      written[column] = true;
+      if (!kept) {
+        expect(y[at], 0, 0, "zero", at);
+        continue;
+      }
       Sum sum;
       if (c.bias) sum.add((*p.bias)[row]);
-      if (c.residual) sum.add(residual[at]);
+      if (c.residual) sum.add(residual[to.rows[row] * to.ldr + column]);
       for (int32_t i = p.rows.indptr[block]; i < p.rows.indptr[block + 1]; ++i)
         sum.add((*p.values)[i * p.block + row % p.block], x[p.starts[p.rows.columns[i]] + p.pixel(v, lane)]);
       expect(y[at], activated(sum.value, c.activation), forward_bound<T>(sum, c.activation), "output", at);
-      written[at - row * ldy] = true;
     }
-  for (int64_t i = 0; i < ldy && row * ldy + i < y.size(); ++i)
-    if (!written[i]) expect_untouched(y[row * ldy + i], "output", row * ldy + i);
+  for (int64_t i = 0; i < ldy && begin + i < y.size(); ++i)
+    if (!written[i]) expect_untouched(y[begin + i], "output", begin + i);
 }
 
 template <class T, class Run>
 void check_case(const Problem<T>& p, const Stores& s, const Case<T>& c, Random& random, const Run& run) {
   Guarded<T> x(p.starts.back() + p.pixel(p.vectors - 1, p.lanes - 1) + 1);
   fill_input(x, p, s, c.special, random);
-  const int64_t ldy = s.width + random.below(4), size = (p.outputs - 1) * ldy + s.width;
-  Guarded<T> y(size), residual(size);
+  Target to{Guarded<int32_t>(p.outputs), s.width + random.below(4), s.width + random.below(4)};
+  Guarded<T> y((p.outputs - 1) * to.ldy + s.width), residual((p.outputs - 1) * to.ldr + s.width);
   residual.fill(random);
+  const bool apart = random.below(2) == 0;
+  shuffle(to.rows, random);
+  for (int64_t i = 0; i < p.outputs && !apart; ++i) to.rows[i] = static_cast<int32_t>(i);
   SpmmTile<T> t{};
   t.x = x.data();
   t.offsets = p.offsets->data();
@@ -166,18 +195,20 @@ void check_case(const Problem<T>& p, const Stores& s, const Case<T>& c, Random& 
   t.row_end = c.row_end;
   t.outputs = p.outputs;
   t.y = y.data();
-  t.ldy = ldy;
+  t.ldy = to.ldy;
+  t.ldr = to.ldr;
+  t.rows = apart ? to.rows.data() : nullptr;
   t.bias = c.bias ? p.bias->data() : nullptr;
   t.residual = c.residual ? residual.data() : nullptr;
   t.gap = p.gap;
   t.out_gap = p.out_gap;
   t.masks = s.masked ? s.kept.data() : nullptr;
-  t.outs = s.outs.data();
+  t.outs = s.zeros ? nullptr : s.outs.data();
   t.tail = s.tail;
   t.activation = c.activation;
   run(t);
   y.check("the output");
-  for (int64_t row = 0; row < p.outputs; ++row) check_row(p, s, c, x, residual, y, ldy, row);
+  for (int64_t row = 0; row < p.outputs; ++row) check_row(p, s, c, x, residual, y, to, row);
 }
 
 // Every activation with and without bias and residual, every tail, masks, parts of the rows, NaN and
@@ -189,6 +220,7 @@ void check_cases(const Problem<T>& p, Random& random, const Run& run) {
     Case<T> c{(i & 1) != 0, (i & 2) != 0, static_cast<Activation>(i >> 2), 0, rows, T(0)};
     for (int tail = 1; tail <= p.lanes; ++tail) check_case(p, plain_stores(p, tail), c, random, run);
     for (int n = 0; n < 4; ++n) check_case(p, masked_stores(p, random), c, random, run);
+    for (int n = 0; n < 4; ++n) check_case(p, zeroing_stores(p, random), c, random, run);
     c.row_begin = 1;
     c.row_end = rows - 1;
     check_case(p, plain_stores(p, p.lanes), c, random, run);
@@ -196,6 +228,7 @@ void check_cases(const Problem<T>& p, Random& random, const Run& run) {
       c.special = special;
       check_case(p, plain_stores(p, p.lanes), c, random, run);
       check_case(p, masked_stores(p, random), c, random, run);
+      check_case(p, zeroing_stores(p, random), c, random, run);
     }
   }
 }
