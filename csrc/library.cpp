@@ -55,6 +55,8 @@ void add_kernels(pybind11::list& rows, const dass::Kernels<T>& k, const std::str
       if (k.blocked[a][v]) add("spmm_blocked" + how, "csr", 1, v + 1);
     for (int v = 0; v < k.max_sddmm; ++v) add("sddmm" + how, "csr", 1, v + 1);
   }
+  if (k.squares[0]) add("spmm_squares", "csr", 1, 16);
+  if (k.squares[1]) add("spmm_blocked_squares", "csr", 1, 16);
   if (k.gemv) add("gemv", "bits", 1, 0);
 }
 

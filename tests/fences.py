@@ -77,8 +77,9 @@ def nan_step(arena: int) -> dict:
 def poison_scratch() -> None:
     """Makes the calling thread's scratch memory of programs NaN.
 
-    Depth-first steps and pools keep it between runs. A pool leaves its sums in one part, a
-    depthwise convolution that is followed by a product its outputs in the other.
+    Depth-first steps, pools and products in stages keep it between runs. A pool leaves its sums in
+    one part, a depthwise convolution that is followed by a product its outputs in another, and
+    a product of many outputs the sums of its first stage in the third.
     """
     program, x = _poison(active_isa())
     program.run([x])
@@ -113,4 +114,11 @@ def _poison(isa: str) -> tuple[Program, Tensor]:
         "emitted": False, "height": 1, "vectors": 4, "chunk": 0,
     }  # fmt: skip
     fused = {"kind": "fused", "strip": side, "depthwise": depthwise, "project": project}
-    return Program(1, 6 * SCRATCH, [SCRATCH], [pool, fused]), x
+    outputs = SCRATCH // 64
+    staged = {
+        "kind": "rows", "x": place(2, 1, 128), "y": place(outputs, 1, 128), "values": NONE,
+        "bias": np.full(outputs, np.nan, np.float32), "indptr": np.zeros(outputs + 1, np.int32),
+        "offsets": np.zeros(0, np.int32), "activation": 0, "emitted": False, "height": 1,
+        "vectors": 8, "chunk": 0, "depth": 1,
+    }  # fmt: skip
+    return Program(1, 6 * SCRATCH, [SCRATCH], [pool, fused, staged]), x

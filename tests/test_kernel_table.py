@@ -58,8 +58,11 @@ def matrix(info, batch):
 
 def program(info):
     """One layer of a compiled network, by the kernels of the table: no code is made for it."""
-    net = Net(5, 11, 20)
-    if info.op == "depthwise":
+    net, pixel, options = Net(5, 11, 20), 1, {}
+    if "squares" in info.op:
+        pixel, options = lanes(), {"deep": 4, "depth": 2 if "blocked" in info.op else 0}
+        y = net.conv("x", 9, 3, 1, density=0.4)
+    elif info.op == "depthwise":
         taps = int(info.format)
         y = net.depthwise("x", taps, taps // 2, activation="relu6")
     elif info.op == "pool":
@@ -72,12 +75,12 @@ def program(info):
         y = net.linear(net.mean("x"), 9)
 
     def choose(plan):
-        kernel(False, 1, 4)(plan)
+        kernel(False, 1, 16 if options else 4, **options)(plan)
         for step in plan.steps:
             if step.kind == "depthwise":
                 step.fields["emitted"] = False
 
-    check(net.graph(y), choose=choose)
+    check(net.graph(y), pixel, choose=choose)
 
 
 def planes_with_gaps(info):
@@ -117,7 +120,7 @@ def exercise(info: testing.KernelInfo) -> None:
         conv_1x3(info, lanes(info.dtype), height=17, width=vectors)
     elif info.op == "gemv" and info.format == "bits":
         matrix(info, 1)
-    elif info.op in ("depthwise", "pool", "map", "mean", "gemv"):
+    elif info.op in ("depthwise", "pool", "map", "mean", "gemv") or "squares" in info.op:
         program(info)
     else:
         raise AssertionError(f"no shape is known to reach {info.name}: add one here")

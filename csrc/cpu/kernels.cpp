@@ -72,7 +72,7 @@ constexpr Kernels<T> make_kernels() {
   k.max_sddmm = kWideSddmm;
   fill<T, kAddresses - 1>(k);
   k.transpose = &transpose<T>;
-  if constexpr (kWide[0] >= 16) {
+  if constexpr (kWide[0] >= 16 && sizeof(T) == sizeof(float)) {  // of compiled networks only
     k.squares[0] = &spmm_csr<T, 16, kDirect, 4>;
     k.squares[1] = &spmm_csr_blocked<T, 16, kDirect, 4>;
   }

@@ -126,7 +126,7 @@ struct Kernels {
   // [address][R][vectors - 1]; null past max_vectors and max_sddmm.
   SpmmFn<T> spmm[kAddresses][kBlockSizes][kMaxVectors];
   SpmmFn<T> blocked[kAddresses][kMaxVectors];  // csr only: the same in blocks of columns
-  // csr and kDirect only: 16 vectors in runs of four, all columns and in blocks; null where too wide.
+  // csr and kDirect only: 16 vectors in runs of four, all columns and in blocks; null where too wide and in double.
   SpmmFn<T> squares[2];
   SddmmFn<T> sddmm[kAddresses][kMaxSddmmVectors];
   GemvFn<T> gemv;  // null where expanding is not worth it

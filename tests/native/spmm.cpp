@@ -14,7 +14,7 @@ using dass::SpmmTile;
 // of a convolution's taps do, they share most of their pixels.
 template <class T>
 struct Problem {
-  int block, vectors, lanes;
+  int block, vectors, lanes, run;  // run: vectors side by side
   int64_t outputs;
   Rows rows;
   std::vector<int32_t> starts;  // of the columns
@@ -23,26 +23,26 @@ struct Problem {
   int64_t pitch = 0;
   int64_t gap, out_gap;
 
-  int run() const { return dass::first_run(vectors); }
   // Element of lane `lane` of vector v, from where its column starts.
-  int64_t pixel(int v, int lane) const { return (v < run() ? v * lanes : gap + (v - run()) * lanes) + lane; }
+  int64_t pixel(int v, int lane) const { return v / run * gap + v % run * lanes + lane; }
 };
 
 constexpr int64_t kColumns = 14;
 
 template <class T>
-Problem<T> make_problem(int lanes, int address, int block, int vectors, Random& random) {
+Problem<T> make_problem(int lanes, int address, int block, int vectors, int run, Random& random) {
   Problem<T> p;
   p.block = block;
   p.vectors = vectors;
+  p.run = run;
   p.lanes = lanes;
   // The last block is short. Single rows go through every length up to all columns.
   const int64_t block_rows = block == 1 ? kColumns + 3 : 4;
   p.outputs = block == 1 ? block_rows : block_rows * block - 1 - random.below(block - 1);
   p.rows = random_rows(block_rows, kColumns, random);
   if (block > 1) p.rows = random_rows(block_rows, 3, random);
-  p.gap = p.run() * lanes + random.below(9);
-  p.out_gap = p.run() * lanes + random.below(9);
+  p.gap = p.run * lanes + random.below(9);
+  p.out_gap = p.run * lanes + random.below(9);
   if (address == dass::kPitch) p.pitch = 1 + random.below(2 * lanes);
   for (int64_t c = 0, at = 0; c < kColumns; ++c) {
     p.starts.push_back(static_cast<int32_t>(at));
@@ -80,7 +80,7 @@ Stores plain_stores(const Problem<T>& p, int tail) {
   for (int v = 0; v < p.vectors; ++v) {
     const int n = v == p.vectors - 1 ? tail : p.lanes;
     s.kept.push_back((1u << n) - 1u);
-    s.outs.push_back(static_cast<int32_t>(v < p.run() ? v * p.lanes : p.out_gap + (v - p.run()) * p.lanes));
+    s.outs.push_back(static_cast<int32_t>(v / p.run * p.out_gap + v % p.run * p.lanes));
   }
   s.width = s.outs.back() + tail;
   return s;
@@ -269,9 +269,13 @@ int64_t check_spmm(const dass::Kernels<T>& kernels, const std::string& name) {
         if (!kernel) continue;
         current() = case_name(name, "spmm", a, kBlocks[s], v);
         Random random(++done);
-        const Problem<T> p = make_problem<T>(kernels.lanes, a, kBlocks[s], v, random);
+        const Problem<T> p = make_problem<T>(kernels.lanes, a, kBlocks[s], v, dass::first_run(v), random);
         check_cases(p, random, kernel);
       }
+  if (!kernels.squares[0]) return done;
+  current() = name + " spmm in runs of four";
+  Random random(++done);
+  check_cases(make_problem<T>(kernels.lanes, dass::kDirect, 1, 16, 4, random), random, kernels.squares[0]);
   return done;
 }
 
@@ -284,9 +288,14 @@ int64_t check_blocked(const dass::Kernels<T>& kernels, const std::string& name) 
       if (!kernel) continue;
       current() = case_name(name, "blocked spmm", a, 1, v);
       Random random(++done);
-      const Problem<T> p = make_problem<T>(kernels.lanes, a, 1, v, random);
+      const Problem<T> p = make_problem<T>(kernels.lanes, a, 1, v, dass::first_run(v), random);
       check_cases(p, random, [&](const SpmmTile<T>& t) { run_blocks(p, a, kernel, t); });
     }
+  if (!kernels.squares[1]) return done;
+  current() = name + " blocked spmm in runs of four";
+  Random random(++done);
+  const Problem<T> p = make_problem<T>(kernels.lanes, dass::kDirect, 1, 16, 4, random);
+  check_cases(p, random, [&](const SpmmTile<T>& t) { run_blocks(p, dass::kDirect, kernels.squares[1], t); });
   return done;
 }
 
