@@ -2,6 +2,7 @@
 
     python -m bench.peers setup [NAMES]      each runtime into an environment of its own
     python -m bench.peers run --network mobilenet_v2 --size 224 --sparsity 0.9 0.95 --json FILE
+    python -m bench.peers table FILES        the engine against each of them, in one table
 
 See docs/peers.md.
 """
@@ -15,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from bench.contest import NotAvailable
-from bench.peers import install
+from bench.peers import install, summary
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--json", type=Path, help="write everything to this file")
     run.set_defaults(isa=None)
+    told = commands.add_parser("table", help="one table of what `run --json` wrote")
+    told.add_argument("files", nargs="+", type=Path, metavar="FILE")
     return parsed
 
 
@@ -99,6 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     if options.command == "setup":
         set_up(options)
+    elif options.command == "table":
+        print(summary.table(summary.read(options.files)))
     elif failures := run(options)["failures"]:
         raise SystemExit(f"{len(failures)} without a time: see above")
 
