@@ -65,6 +65,15 @@ def test_sums_of_pools(isa, word, kind):
         assert ("map" in kinds(net.graph(total))[1:-1]) == (word == "silu")
 
 
+@pytest.mark.parametrize("kernel", [(1, 16), (2, 17), (28, 28), (17, 2)])
+def test_wide_windows(isa, kernel):
+    net = Net(2, 30, 61)
+    relu = net.act(net.sum(net.conv("x", 2), net.conv("x", 2)))
+    pools = [net.window(relu, kind, kernel, (1, 2)) for kind in ("avg", "max")]
+    graph = net.graph(*pools, net.sum(net.window(relu, "avg", kernel, (1, 2)), pools[0]))
+    check(graph)
+
+
 def test_a_pool_that_others_read_is_not_part_of_a_sum():
     net = Net(5, 9, 8)
     pool = net.window("x", "avg", (3, 3), (1, 1), (1, 1, 1, 1))

@@ -380,6 +380,9 @@ class Emitted : public EmittedWindow {
 }  // namespace
 
 std::unique_ptr<EmittedWindow> emit_window(const EmitWindow& g) {
+  // Windows as wide as that would leave no registers for the sums.
+  constexpr int64_t kWidest = 16;
+  if (g.kernel_w > kWidest || g.kernel_h > kWidest) return nullptr;
   if (emit_unavailable() || g.activation > kRelu6 || g.stride > 2 || g.rows == 0 || g.columns == 0) return nullptr;
   try {
     return std::make_unique<Emitted>(g);

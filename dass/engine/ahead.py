@@ -9,6 +9,7 @@ from dass.engine.steps import suits_depthwise
 
 # Products with more weights than this may end up on templates, which do not know a ReLU.
 MOST_NONZEROS = 400_000
+WIDEST_WINDOW = 16  # of emitted pools
 
 
 def relus_read_through(graph: g.Graph, readers: Mapping[str, list[g.Node]]) -> dict[str, str]:
@@ -29,7 +30,7 @@ def _reads_through(reader: g.Node, name: str) -> bool:
     if name in reader.inputs[1:]:
         return False
     if isinstance(reader, g.Pool):
-        return _simple(reader.activation)
+        return _simple(reader.activation) and max(reader.kernel) <= WIDEST_WINDOW
     if not isinstance(reader, g.Conv) or reader.activation == "hardswish":
         return False
     if suits_depthwise(reader, 1):
@@ -50,6 +51,8 @@ def sums_of_pools(
             pool = nodes[name]
             alone = len(readers[name]) == 1 and node.inputs.count(name) == 1
             if not isinstance(pool, g.Pool) or pool.activation is not None or not alone:
+                continue
+            if max(pool.kernel) > WIDEST_WINDOW:
                 continue
             if name not in graph.outputs and not any(n in busy for n in node.inputs):
                 found[node.name] = name
