@@ -87,6 +87,30 @@ def test_threads_give_the_same_bits(isa, threads, count):
                 assert torch.equal(alone[1], together[1])
 
 
+@pytest.mark.parametrize("vectors", [4, 9, 10, 13, 14])
+@pytest.mark.parametrize("count", [2, 3])
+def test_threads_share_the_pixels_of_a_small_picture(isa, threads, count, vectors):
+    """Fewer weights than pixels, few blocks: they are halved, and the bits stay."""
+    net = Net(40, 14, 14, seed=vectors)
+    a = net.conv("x", 24, density=0.1, activation="relu")
+    net.conv(a, 24, 3, 1, density=0.1, residual=a)
+    graph = net.graph(net.nodes[-1].name)
+
+    def choose(plan):
+        for step in tuning.products(plan):
+            tuning.set_kernel(step, tuning.Kernel(False, 1, vectors))
+
+    program = program_of(make_plan(graph, 1), choose)
+    threads(1)
+    alone = tensors(graph, 1)
+    program.run(alone)
+    threads(count)
+    for _ in range(3):
+        together = tensors(graph, 1)
+        program.run(together)
+        assert torch.equal(alone[1], together[1])
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_calls_from_several_threads_do_not_meet(isa):
     net = network()

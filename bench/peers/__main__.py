@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="LAYER",
         help="layers left dense, by glob or word (default: first depthwise last)",
     )
+    run.add_argument("--isa", choices=["avx2"], help="keep to it whatever can be kept to it")
     run.add_argument("--json", type=Path, help="write everything to this file")
-    run.set_defaults(isa=None)
     told = commands.add_parser("table", help="one table of what `run --json` wrote")
     told.add_argument("files", nargs="+", type=Path, metavar="FILE")
     return parsed
@@ -82,6 +82,7 @@ def run(options: argparse.Namespace) -> dict:
     for reason in reasons:
         held.note(f"left out: {reason}")
     how = {"threads": options.threads, "rounds": options.rounds, "seconds": options.seconds}
+    how["limits"] = catalogue.LIMITS[options.isa]
     for network, size, sparsity in wanted:
         with tempfile.TemporaryDirectory(prefix="dass-peers-") as folder:
             case = models.make(

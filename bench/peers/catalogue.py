@@ -10,10 +10,17 @@ from pathlib import Path
 from bench.contest import NotAvailable
 from bench.peers import install
 from bench.peers.entries import ENTRIES, LAYOUTS
+from bench.session import DENSE_LIMITS
 
 # Largest difference from torch eager in float32, over its largest output. bf16 has 8 bits of
 # mantissa and some 50 layers to lose them in: MobileNet-v2 was measured at 0.055.
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.1}
+
+# What keeps a runtime to an instruction set. MNN and onnxruntime have no such switch.
+LIMITS = {
+    None: {},
+    "avx2": {**DENSE_LIMITS["avx2"], "DASS_ISA": "avx2", "NM_ARCH": "avx2"},
+}
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Worker:
         job: see :mod:`bench.peers.worker`.
         environment: of :data:`bench.peers.install.ENVIRONMENTS`; None is the present one.
         log: file for what the peer prints.
+        limits: variables of the process's environment, over all others.
 
     Attributes:
         facts: what the worker said when it was ready.
@@ -38,7 +39,13 @@ class Worker:
         NotAvailable: the environment is not set up. WorkerError: it did not get ready.
     """
 
-    def __init__(self, job: Mapping[str, object], environment: str | None, log: Path):
+    def __init__(
+        self,
+        job: Mapping[str, object],
+        environment: str | None,
+        log: Path,
+        limits: Mapping[str, str] | None = None,
+    ):
         executable = str(install.python(environment)) if environment else sys.executable
         self._log = log
         with log.open("w") as stderr:
@@ -49,7 +56,7 @@ class Worker:
                 stderr=stderr,
                 bufsize=0,
                 cwd=log.parent,
-                env=_environ(environment, job["threads"]),
+                env=_environ(environment, job["threads"]) | dict(limits or {}),
             )
         self._unread = b""
         try:

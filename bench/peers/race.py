@@ -26,13 +26,20 @@ MEBIBYTE = 1 << 20
 
 
 def compare(
-    case: Case, peers: Iterable[Peer], *, threads: int = 1, rounds: int = 7, seconds: float = 0.2
+    case: Case,
+    peers: Iterable[Peer],
+    *,
+    threads: int = 1,
+    rounds: int = 7,
+    seconds: float = 0.2,
+    limits: Mapping[str, str] | None = None,
 ) -> dict:
     """Checks every peer's output and times those that agree, in turn.
 
     Args:
         threads: for each peer; all run on the same processor cores.
         rounds: turns of each peer. seconds: a turn's length, at least one inference.
+        limits: environment of every worker, see ``catalogue.LIMITS``.
 
     Returns:
         case.facts with ``threads``, ``cpus`` (numbers of the cores), ``rows`` (see :func:`row`) and
@@ -47,7 +54,7 @@ def compare(
         workers, errors = {}, {}
         for peer in peers:
             try:
-                worker = stack.enter_context(start(case, peer, threads))
+                worker = stack.enter_context(start(case, peer, threads, limits))
                 errors[peer] = check(case, peer)
                 workers[peer] = worker
             except (WorkerError, NotAvailable) as reason:
@@ -70,7 +77,7 @@ def cores(threads: int) -> list[int]:
     return allowed[:threads]
 
 
-def start(case: Case, peer: Peer, threads: int) -> Worker:
+def start(case: Case, peer: Peer, threads: int, limits: Mapping[str, str] | None = None) -> Worker:
     """A worker that has loaded the network, run it once and written its output."""
     job = {
         "runtime": peer.runtime,
@@ -81,7 +88,7 @@ def start(case: Case, peer: Peer, threads: int) -> Worker:
         "threads": threads,
         "cpus": cores(threads),
     }
-    worker = Worker(job, peer.environment, case.folder / f"{peer.name}.log")
+    worker = Worker(job, peer.environment, case.folder / f"{peer.name}.log", limits)
     if worker.facts["precision"] != peer.precision:
         worker.close()
         raise WorkerError(f"computes in {worker.facts['precision']}, not in {peer.precision}")

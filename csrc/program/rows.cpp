@@ -113,11 +113,12 @@ void RowsRunner::run(int64_t first, int64_t last, const float* x, float* y, cons
     emitted_->run(first, last, x, y, residual, blocks.at(begin), blocks.stride(), end - begin);
     return;
   }
-  for (int64_t b = begin; b < end; ++b) run_templates(begins_[first], begins_[last], x, y, residual, blocks.at(b));
+  for (int64_t b = begin; b < end; ++b)
+    run_templates(begins_[first], begins_[last], x, y, residual, blocks.at(b), blocks.vectors());
 }
 
 void RowsRunner::run_templates(int64_t row, int64_t end, const float* x, float* y, const float* residual,
-                               const int32_t* block) const {
+                               const int32_t* block, int64_t vectors) const {
   SpmmTile<float> t{};
   t.values = rows_.values.data();
   t.indices = rows_.offsets.data();
@@ -135,13 +136,13 @@ void RowsRunner::run_templates(int64_t row, int64_t end, const float* x, float* 
   t.y = y + block[1];
   t.residual = residual ? residual + block[1] : nullptr;
   if (kernel_.deep == 1) t.masks = reinterpret_cast<const uint32_t*>(block + 2);
-  t.gap = t.out_gap = first_run(static_cast<int>(kernel_.vectors)) * lanes_;
+  t.gap = t.out_gap = first_run(static_cast<int>(vectors)) * lanes_;
   if (kernel_.deep > 1) t.gap = gap_, t.out_gap = out_gap_;
   const auto& k = table_.f32;
-  const auto whole = kernel_.deep == 4 ? k.squares[0] : k.spmm[kDirect][0][kernel_.vectors - 1];
-  const auto staged = kernel_.deep == 4 ? k.squares[1] : k.blocked[kDirect][kernel_.vectors - 1];
+  const auto whole = kernel_.deep == 4 ? k.squares[0] : k.spmm[kDirect][0][vectors - 1];
+  const auto staged = kernel_.deep == 4 ? k.squares[1] : k.blocked[kDirect][vectors - 1];
   if (cuts_.empty()) return whole(t);
-  const int64_t rows = end - row, floats = kernel_.vectors * lanes_;
+  const int64_t rows = end - row, floats = vectors * lanes_;
   t.partial = scratch_floats(kPartialScratch, rows * (floats + 1));
   t.cursors = reinterpret_cast<int32_t*>(t.partial + rows * floats);
   for (size_t stage = 0; stage <= cuts_.size(); ++stage) {

@@ -69,6 +69,7 @@ class RowsRunner {
   void run(int64_t first, int64_t last, const float* x, float* y, const float* residual, const Blocks& blocks,
            int64_t begin, int64_t end) const;
 
+  bool emitted() const { return emitted_ != nullptr; }
   int64_t vectors() const { return kernel_.vectors; }
   int64_t deep() const { return kernel_.deep; }
   // Floats from a run of pixels of a block to the next, of x and y.
@@ -78,8 +79,8 @@ class RowsRunner {
   std::string name() const;
 
  private:
-  void run_templates(int64_t row, int64_t end, const float* x, float* y, const float* residual,
-                     const int32_t* block) const;
+  void run_templates(int64_t row, int64_t end, const float* x, float* y, const float* residual, const int32_t* block,
+                     int64_t vectors) const;
 
   RowsKernel kernel_;
   const KernelTable& table_;

@@ -8,6 +8,9 @@
 namespace dass {
 namespace {
 
+// Templates of fewer vectors add up several sums, and so round in another order.
+constexpr int64_t kOneSum = 5;
+
 class RowsStep : public Step {
  public:
   explicit RowsStep(const RowsSpec& s)
@@ -15,7 +18,9 @@ class RowsStep : public Step {
         y_(s.y),
         residual_(s.has_residual ? s.residual : Place{}),
         runner_(s, fitting(s), true),
-        blocks_(runner_.vectors()) {
+        blocks_(runner_.vectors()),
+        halves_((runner_.vectors() + 1) / 2),
+        by_pixels_(s.x.channels * s.x.channel > 2 * static_cast<int64_t>(s.values.size())) {
     if (s.x.pitch != s.y.pitch && s.y.pixel == 1)
       throw std::invalid_argument("rows: input and output must have one pitch");
     if (s.y.pixel > 1 && s.y.pixel != runner_.lanes())
@@ -30,7 +35,9 @@ class RowsStep : public Step {
       return;
     }
     const int64_t vectors = registers(y_);
-    blocks_.add_flat({0, vectors, 0, 0, 0, y_.rows, y_.pitch, y_.columns, 0}, runner_.lanes());
+    const Blocks::Flat plane{0, vectors, 0, 0, 0, y_.rows, y_.pitch, y_.columns, 0};
+    blocks_.add_flat(plane, runner_.lanes());
+    if (by_pixels_ && !runner_.emitted() && halves_.vectors() >= kOneSum) halves_.add_flat(plane, runner_.lanes());
     written_ = vectors * runner_.lanes();
   }
 
@@ -38,13 +45,15 @@ class RowsStep : public Step {
     const float* x = pass.at(x_);
     float* y = pass.at(y_);
     const float* residual = has_residual_ ? pass.at(residual_) : nullptr;
-    int64_t t0 = 0, t1 = runner_.tiles(), b0 = 0, b1 = blocks_.count();
-    if (b1 >= 4 * parts || t1 < parts)
+    const auto fair = [&](const Blocks& b) { return b.count() % parts == 0 || b.count() >= 4 * parts; };
+    const Blocks& blocks = !fair(blocks_) && halves_.count() > 0 && fair(halves_) ? halves_ : blocks_;
+    int64_t t0 = 0, t1 = runner_.tiles(), b0 = 0, b1 = blocks.count();
+    if ((by_pixels_ && fair(blocks)) || t1 < parts)
       std::tie(b0, b1) = share(b1, part, parts);
     else
       std::tie(t0, t1) = share(t1, part, parts);
     const int64_t chunk = runner_.chunk() ? runner_.chunk() : b1 - b0;
-    for (int64_t b = b0; b < b1; b += chunk) runner_.run(t0, t1, x, y, residual, blocks_, b, std::min(b + chunk, b1));
+    for (int64_t b = b0; b < b1; b += chunk) runner_.run(t0, t1, x, y, residual, blocks, b, std::min(b + chunk, b1));
     const auto [first, last] = share(y_.channels, part, parts);
     zero_around(pass, y_, written_, first, last);
     if (y_.pixel > 1 && y_.zeros())
@@ -70,7 +79,10 @@ class RowsStep : public Step {
 
   Place x_, y_, residual_;
   RowsRunner runner_;
-  Blocks blocks_;
+  Blocks blocks_, halves_;
+  // Threads take pixels rather than outputs where the weights are fewer than the pixels: a layer then
+  // finds most of what it reads in its own core's cache.
+  bool by_pixels_;
   bool has_residual_ = false;
   int64_t written_ = 0;
 };
