@@ -16,6 +16,7 @@ from dass.engine.passes import (
     remove_dead,
     rounded,
     simplify,
+    ungroup,
 )
 
 
@@ -478,6 +479,26 @@ def test_whole_groups_go_or_stay():
     same(graph, changed)
     assert report.channels == {first: 2, grouped: 3}
     assert changed[grouped].groups == 2
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_pruned_depthwise_layer_no_longer_ties_channels(rows):
+    """`rows` outputs of a group: 6 and 12 outputs of 6 inputs, two of which have weights."""
+    net = Sketch(3, 6, 6)
+    wide = net.conv("x", 6)
+    empty = [r for r in range(6 * rows) if r // rows not in (1, 4)]
+    graph = net.graph(net.conv(net.conv(wide, 6 * rows, 3, 1, empty, groups=6), 4))
+    loose = ungroup(graph)
+    same(graph, loose)
+    assert loose.nodes[2].groups == 1 and loose.nodes[2].weight.shape == (6 * rows, 6, 3, 3)
+    assert graph.nodes[2].groups == 6, "the graph that came is left as it was"
+    assert [node.shape[0] for node in shrunk(loose)[0]] == [3, 2, 2 * rows, 4]
+
+
+def test_a_depthwise_layer_with_most_of_its_weights_stays_one():
+    net = Sketch(6, 6, 6)
+    graph = net.graph(net.depthwise("x", empty=[0, 1]))
+    assert ungroup(graph).nodes[1].groups == 6
 
 
 def test_a_part_of_a_concat_goes_and_one_part_is_no_concat():

@@ -277,3 +277,22 @@ def _specials(node, x):
     y[down > 0] = -torch.inf
     y[nan | ((up > 0) & (down > 0))] = torch.nan
     return activate(y, node.activation)
+
+
+def test_a_strided_layer_splits_only_what_it_reads():
+    """Few weights read few planes; layers that read nearly all share all of them."""
+    net = Net(12, 9, 9, seed=3)
+    few = net.conv("x", 4, 1, density=0.1, stride=(2, 2))
+    net.conv("x", 5, 1, density=0.9, stride=(2, 2))
+    net.conv("x", 6, 1, density=0.9, stride=(2, 2))
+    net.conv("x", 3, 3, 1, density=0.03, stride=(2, 2), groups=3)
+    net.conv("x", 2, 3, 1, density=0.0, stride=(2, 2))
+    names = [node.name for node in net.nodes[1:]]
+    check_layouts(net.graph(*names))
+    plan = make_plan(net.graph(*names), 1)
+    splits = [step.writes for step in plan.steps if "split" in step.writes]
+    weight = net.nodes[1].weight
+    read = int((weight != 0).any(0).sum())
+    sizes = [plan.places[name].channels for name in splits]
+    assert len(splits) == 4 and sizes[:2] == [read, 12] and sizes[3] == 1
+    assert 0 < read < 9 and few == names[0]

@@ -127,8 +127,11 @@ class PoolStep : public Step {
     g.residual = s_.has_residual;
     g.residual_channel = s_.residual.channel;
     g.residual_pitch = s_.residual.pitch;
-    g.in_rows = s_.x.rows;
-    g.in_columns = s_.x.columns;
+    // A mean may add the zeros that lie around its input.
+    const int64_t down = (s_.y.rows - 1) * s_.stride_h + (s_.kernel_h - 1) * s_.dilation_h - s_.top - s_.x.rows + 1;
+    const int64_t right = (s_.y.columns - 1) * s_.stride_w + (s_.kernel_w - 1) * s_.dilation_w - s_.left;
+    const int64_t reach = std::max({s_.top, s_.left, down, right - s_.x.columns + 1});
+    if (s_.maximum || s_.x.pad < reach) g.in_rows = s_.x.rows, g.in_columns = s_.x.columns;
     g.top = s_.top;
     g.left = s_.left;
     g.stride_h = s_.stride_h;
@@ -223,6 +226,7 @@ class MapStep : public Step {
     g.in_columns = s_.x.columns;
     g.stride_h = s_.stride_h;
     g.dilation_h = g.dilation_w = 1;
+    if (is_flat(g)) flatten(g);
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t dy = shift(s_.shift_h, c), dx = shift(s_.shift_w, c);
       // Phases that end early differ in their borders: such pictures are left to the kernel.
@@ -234,6 +238,24 @@ class MapStep : public Step {
       packed_.push_back(s_.bias.empty() ? 0.0f : s_.bias[c]);
     }
     code_ = emit_window(g);
+  }
+
+  // Whether zeros between rows come of zeros, so that a plane is as good as one long row.
+  bool is_flat(const EmitWindow& g) const {
+    const auto like_y = [&](const Place& p) {
+      return p.space == 0 && p.pixel == 1 && p.pitch == s_.y.pitch && p.pad >= s_.y.pad;
+    };
+    // The last register must not reach into the next plane.
+    const bool room = (s_.y.end() + lanes() - 1) / lanes() * lanes() <= s_.y.channel;
+    const bool moved = !s_.shift_h.empty() || !s_.shift_w.empty() || s_.stride_h > 1 || s_.stride_w > 1;
+    return room && !moved && !g.scaled && s_.y.space == 0 && like_y(s_.x) && (!g.residual || like_y(s_.other));
+  }
+  static int64_t lanes() { return active_table().f32.lanes; }
+  // One register after the other.
+  void flatten(EmitWindow& g) const {
+    g.rows = (s_.y.end() + lanes() - 1) / lanes();
+    g.columns = g.pitch = g.tap_row = g.stride_row = g.residual_pitch = lanes();
+    g.zeros = g.in_rows = g.in_columns = 0;
   }
 
   static int64_t shift(const std::vector<int32_t>& shifts, int64_t c) { return shifts.empty() ? 0 : shifts[c]; }

@@ -13,6 +13,7 @@ from dass.engine.editing import tensors
 from dass.engine.fusion import fold_affine, fuse_activations, fuse_residuals
 from dass.engine.graph import Graph
 from dass.engine.sharing import merge
+from dass.engine.ungrouping import ungroup
 
 __all__ = [
     "Report",
@@ -24,6 +25,7 @@ __all__ = [
     "remove_dead",
     "rounded",
     "simplify",
+    "ungroup",
 ]
 
 _FUSIONS: tuple[Callable[[Graph], Graph], ...] = (
@@ -45,7 +47,7 @@ def simplify(graph: Graph, dtype: torch.dtype = torch.float32) -> tuple[Graph, R
         graph: as `dass.engine.capture.capture` gives it; it is left as it is.
         dtype: what weights are rounded to in the end.
     """
-    graph, report = remove_dead(graph)
+    graph, report = remove_dead(ungroup(graph))
     for fusions in (_FUSIONS, (*_FUSIONS, fuse_residuals)):
         before = None
         while before != (before := _size(graph)):

@@ -31,6 +31,9 @@ from dass.engine.steps import (
     suits_depthwise,
 )
 
+# Splitting fewer of the planes than this pays, though layers may no longer share them.
+MOST_PLANES = 0.75
+
 
 class _Planner:
     """Turns the nodes of one segment into steps."""
@@ -262,43 +265,54 @@ class _Planner:
             self.layout.need(x, reach(node, (0, rows, columns)))
             return x, lambda p: offsets_of(p, channels, dy, dx)
         sh, sw = node.stride
-        x, phases = self._split(node, dy, dx)
-        index = np.array([[phases[(a, b)] for b in dx % sw] for a in dy % sh])
+        x, plane = self._split(node, dy, dx)
         self.layout.need(x, int(max(0, -(dy // sh).min(), -(dx // sw).min())))
         over = max((dy // sh).max() + node.shape[1], 0), max((dx // sw).max() + node.shape[2], 0)
         self.layout.need(x, int(max(0, over[0] - self._shape(x)[1], over[1] - self._shape(x)[2])))
 
         def offsets(p: Place) -> np.ndarray:
-            where = channels[:, None, None] * len(phases) + index
-            return where * p.channel + ((dy // sh)[:, None] * p.pitch + dx // sw) * p.pixel
+            return plane * p.channel + ((dy // sh)[:, None] * p.pitch + dx // sw) * p.pixel
 
         return x, offsets
 
-    def _split(self, node: g.Conv, dy: np.ndarray, dx: np.ndarray) -> tuple[str, dict]:
-        """The phases of a strided input: pixel (sh y + a, sw x + b) at (y, x) of plane (a, b)."""
+    def _split(self, node: g.Conv, dy: np.ndarray, dx: np.ndarray) -> tuple[str, np.ndarray]:
+        """The phases of a strided input: pixel (sh y + a, sw x + b) at (y, x) of plane (c, a, b).
+
+        Returns:
+            (their picture, the plane that each weight reads [channels, kh, kw]). There are planes
+            for what some weight reads, or for everything if that is nearly all.
+        """
         sh, sw = node.stride
         relu = node.inputs[0] in self.relus
         name = self.relus.get(node.inputs[0], node.inputs[0])
         name = name if self.pixel == 1 else self._picture(name)
-        phases = [(a, b) for a in sorted({*(dy % sh)}) for b in sorted({*(dx % sw)})]
-        key = (name, relu, sh, sw, tuple(phases))
-        index = {phase: i for i, phase in enumerate(phases)}
-        if key in self.splits:
-            return self.splits[key], index
         channels, rows, columns = self._shape(name)
+        phase = (dy % sh)[:, None] * sw + dx % sw
+        read = _read(node, channels)
+        kept = np.zeros((channels, sh * sw), bool)
+        np.logical_or.at(kept, (np.arange(channels)[:, None, None], phase), read)
+        whole = np.zeros(sh * sw, bool)
+        whole[phase] = True
+        if kept.sum() > MOST_PLANES * channels * whole.sum():
+            kept[:] = whole
+        kept[0, phase.flat[0]] |= not kept.any()  # a layer without weights
+        channel, which = (each.astype(np.int32) for each in np.nonzero(kept))
+        number = np.cumsum(kept.ravel()).reshape(kept.shape) - 1
+        plane = number[np.arange(channels)[:, None, None], phase]
+        key = (name, relu, sh, sw, kept.tobytes())
+        if key in self.splits:
+            return self.splits[key], plane
         split = self.splits[key] = f"{name} split {len(self.splits)}"
-        self.layout.add(split, (channels * len(phases), -(-rows // sh), -(-columns // sw)))
+        self.layout.add(split, (len(channel), -(-rows // sh), -(-columns // sw)))
         fields = {
-            "channels": np.repeat(np.arange(channels, dtype=np.int32), len(phases)),
-            "shift_h": np.tile(np.array([a for a, _ in phases], np.int32), channels),
-            "shift_w": np.tile(np.array([b for _, b in phases], np.int32), channels),
+            "channels": channel, "shift_h": which // sw, "shift_w": which % sw,
             "stride_h": sh, "stride_w": sw, "activation": int(relu),
         }  # fmt: skip
         note = (
             "one plane for each phase of the stride" if sh * sw > 1 else "zeros around the planes"
         )
         self._map({"x": name}, split, node.source, note=note, **fields)
-        return split, index
+        return split, plane
 
     def _rows(
         self,
@@ -463,6 +477,13 @@ class _Planner:
             name, first = self.parts[name]
             channel += first
         return name, channel
+
+
+def _read(node: g.Conv, channels: int) -> np.ndarray:
+    """Whether some weight reads a channel at a tap, [channels, kh, kw]."""
+    used = (node.weight != 0).numpy()
+    used = used.reshape(node.groups, -1, *used.shape[1:]).any(1)
+    return used.reshape(channels, *used.shape[2:])
 
 
 def make_plan(
