@@ -3,6 +3,7 @@
 // share what they read.
 #include <algorithm>
 #include <cstddef>
+#include <utility>
 
 #include "emit.h"
 #include "step.h"
@@ -33,7 +34,8 @@ class Emitter : public Xbyak::CodeGenerator {
     lowest_ = g.op == kMaximum ? next++ : -1;
     if (g.stride == 2) even_ = next++, odd_ = next++;
     sums_ = next;
-    const int fetched = g.stride == 2 ? static_cast<int>(g.kernel_w) + 2 : 3;
+    shifts_ = g.stride == 1 && g.kernel_w == 3 && g.tap_column == 1 && !g.exact;
+    const int fetched = g.stride == 2 ? static_cast<int>(g.kernel_w) + 2 : shifts_ ? 4 : 3;
     const bool together = g.stride_row == g.stride * g.tap_row || g.kernel_h == 1;
     const int wanted = taps() == 9 && g.rows % 7 == 0 ? 7 : 8;
     const int rows = std::min({wanted, 32 - sums_ - fetched, static_cast<int>(g.rows)});
@@ -201,7 +203,7 @@ class Emitter : public Xbyak::CodeGenerator {
 
   // A pool's windows are as good row by row: the taps of a row become one first.
   void combine(int k, const Xbyak::Zmm& in) {
-    if (g_.relu_in) vmaxps(in, zmm(zero_), in);
+    if (g_.relu_in && !shifts_) vmaxps(in, zmm(zero_), in);
     if (k == 0)
       combined_ = in.getIdx();
     else if (g_.op == kMaximum)
@@ -221,7 +223,7 @@ class Emitter : public Xbyak::CodeGenerator {
     if (g_.op != kWeighted) {
       combine(k, tap_in);
       if (k + 1 < g_.kernel_w) return;
-    } else if (g_.relu_in) {
+    } else if (g_.relu_in && !shifts_) {
       vmaxps(tap_in, zmm(zero_), tap_in);
     }
     const Xbyak::Zmm in = g_.op == kWeighted ? tap_in : zmm(combined_);
@@ -294,7 +296,24 @@ class Emitter : public Xbyak::CodeGenerator {
     vmovups(to | k4 | T_z, at(r8, from));
   }
 
+  // Three taps side by side lie in two registers of pixels.
+  void shifted(int rows, int64_t row, int i, int v, int64_t from) {
+    const auto in = [&](int k) { return zmm(sums_ + rows + k); };
+    const Xbyak::Zmm high = in(3);
+    for (const auto& [to, at_] : {std::pair{in(0), from}, std::pair{high, from + kLanes}})
+      if (g_.relu_in)
+        vmaxps(to, zmm(zero_), at(r8, at_));
+      else
+        vmovups(to, at(r8, at_));
+    for (int k = 1; k < 3; ++k) valignd(in(k), high, in(0), k);
+    for (int k = 0; k < 3; ++k) {
+      blank(in(k), v, k);
+      accumulate(rows, row, i, k, in(k));
+    }
+  }
+
   void side_by_side(int rows, int64_t row, int i, int v, int64_t from) {
+    if (shifts_) return shifted(rows, row, i, v, from);
     const int temps = 32 - sums_ - rows;
     for (int k = 0; k < g_.kernel_w; ++k) {
       if (g_.op != kWeighted && k > 1) --turn_;  // not over what was combined
@@ -363,7 +382,7 @@ class Emitter : public Xbyak::CodeGenerator {
 
   EmitWindow g_;
   int vectors_, bias_, zero_, six_, lowest_, even_ = -1, odd_ = -1, sums_, turn_ = 0, combined_ = 0;
-  bool in_registers_;
+  bool in_registers_, shifts_;
   std::vector<uint32_t> borders_;
   Xbyak::Label table_;
 };
