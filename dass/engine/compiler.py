@@ -16,6 +16,7 @@ from dass.engine import graph as g
 from dass.engine import tuning
 from dass.engine.capture import capture
 from dass.engine.explain import Explanation, Profile, explain, profile
+from dass.engine.memory import release
 from dass.engine.passes import Report, simplify
 from dass.engine.programs import Built, Maker
 from dass.engine.saving import Saved, read_engine, write_engine
@@ -54,8 +55,10 @@ def compile(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     graph, removed = simplify(capture(model, example_inputs))
+    release()
     engine = Engine(graph, removed, tune=tune, cache=_cache_file(cache), precision=precision)
     engine.prepare(example_inputs)
+    release()
     return engine
 
 
@@ -80,6 +83,8 @@ def load_engine(
         saved.graph, saved.removed, tune=tune, cache=_cache_file(cache), precision=saved.precision
     )
     engine.restore(saved)
+    del saved
+    release()
     return engine
 
 

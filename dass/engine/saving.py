@@ -21,7 +21,7 @@ from dass.encoding import DTYPES, CorruptFileError, decode, store
 from dass.engine import graph as g
 from dass.engine.channels import Report
 from dass.engine.depth_first import Fusion
-from dass.engine.interpret import run_node
+from dass.engine.geometry import shape_of
 from dass.engine.programs import Decisions
 from dass.engine.tuning import Kernel
 from dass.sealed import ENGINE, read_header, read_tensors, write_sealed
@@ -254,35 +254,31 @@ def check_graph(graph: g.Graph) -> None:
     """
     if not isinstance(graph.nodes[0], g.Input) or len(graph.outputs) != 1:
         raise ValueError("a network has one input, its first node, and one output")
-    values: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for node in graph:
-        if node.name in values or not re.fullmatch(r"[\w.]+", node.name):
+        if node.name in shapes or not re.fullmatch(r"[\w.]+", node.name):
             raise ValueError(f"the name {node.name!r} is taken or none")
         if math.prod(node.shape) > MOST_ELEMENTS or len(node.shape) > 6:
             raise ValueError(f"{node.name} is {node.shape}")
-        shape = (2, *node.shape)
+        inputs = [shapes[name] for name in node.inputs]
         if isinstance(node, g.Input):
             if node is not graph.nodes[0] or len(node.shape) != 3:
                 raise ValueError(f"{node.name} is no input of a network")
         elif isinstance(node, g.Torch):
             check_operation(node)
-            _ = [values[name] for name in node.inputs]
         else:
-            _check_parameters(node, [values[name] for name in node.inputs])
-            found = run_node(node, *(values[name] for name in node.inputs)).shape
-            if tuple(found) != shape:
-                raise ValueError(f"{node.name} is {node.shape}, its inputs give {tuple(found[1:])}")
-        values[node.name] = torch.empty(shape, device="meta")
-    _ = values[graph.outputs[0]]
+            _check_parameters(node, inputs)
+            if (found := shape_of(node, inputs)) != tuple(node.shape):
+                raise ValueError(f"{node.name} is {node.shape}, its inputs give {found}")
+        shapes[node.name] = tuple(node.shape)
+    _ = shapes[graph.outputs[0]]
 
 
-def _check_parameters(node: g.Node, inputs: list[Tensor]) -> None:
-    """What would pass for right in torch by broadcasting, or is not looked at on no data."""
-    shapes = [tuple(x.shape[1:]) for x in inputs]
+def _check_parameters(node: g.Node, shapes: list[tuple[int, ...]]) -> None:
     channels = node.shape[0]
-    one = 1 if not isinstance(node, g.Concat) else len(inputs)
+    one = 1 if not isinstance(node, g.Concat) else len(shapes)
     counts = {g.Add: (2,), g.Mul: (2,), g.Conv: (1, 2)}.get(type(node), (one,))
-    if len(inputs) not in counts or not inputs or any(len(shape) not in (1, 3) for shape in shapes):
+    if len(shapes) not in counts or not shapes or any(len(s) not in (1, 3) for s in shapes):
         raise ValueError(f"{node.name} with the inputs {shapes}")
     if getattr(node, "activation", None) not in (None, *g.ACTIVATIONS):
         raise ValueError(f"{node.name} with the activation {node.activation!r}")
