@@ -28,6 +28,12 @@ def parser() -> argparse.ArgumentParser:
     setup.add_argument("--python", default=sys.executable, help="the Python to make them from")
     run = commands.add_parser("run", help="compare and time them")
     run.add_argument("--network", nargs="+", default=["mobilenet_v2"], help="of the zoo")
+    run.add_argument(
+        "--genotype",
+        type=Path,
+        metavar="FILE",
+        help="a genotype.json of a search, for --network cells: a network as large as dass_tiny",
+    )
     run.add_argument("--size", type=int, nargs="+", default=[None], help="pixels; 32 is CIFAR")
     run.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95, 0.98])
     run.add_argument("--batch", type=int, default=1)
@@ -70,6 +76,8 @@ def run(options: argparse.Namespace) -> dict:
     wanted = list(itertools.product(options.network, options.size, options.sparsity))
     try:
         race.cores(options.threads)
+        if options.genotype and options.network != ["cells"]:
+            raise ValueError("--genotype goes with --network cells")
         if options.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {options.rounds}")
         for network, size, _ in wanted:
@@ -86,7 +94,13 @@ def run(options: argparse.Namespace) -> dict:
     for network, size, sparsity in wanted:
         with tempfile.TemporaryDirectory(prefix="dass-peers-") as folder:
             case = models.make(
-                network, sparsity, Path(folder), size=size, batch=options.batch, exclude=exclude
+                network,
+                sparsity,
+                Path(folder),
+                size=size,
+                batch=options.batch,
+                exclude=exclude,
+                genotype=options.genotype,
             )
             result = race.compare(case, peers, **how)
         held.document["rows"].append(result)

@@ -17,11 +17,13 @@ from bench.layers import seed
 from bench.peers import install
 from bench.peers.client import WorkerError
 from dass import zoo
+from dass.zoo.darts import FOUND
 
 IMAGENET = "_imagenet"  # how the zoo ends the names of forms for large images
 LARGE = 64
 EXCLUDE = ("first", "depthwise", "last")
 OPSET = 13
+LEAST_VARIANCE = 1e-2
 
 
 @dataclass
@@ -73,6 +75,7 @@ def make(
     batch: int = 1,
     exclude: Sequence[str] = EXCLUDE,
     width: float = 1.0,
+    genotype: Path | None = None,
 ) -> Case:
     """Builds and prunes a network, in eval mode; uniform magnitude masks of random weights.
 
@@ -81,13 +84,15 @@ def make(
         size: height and width of the images; default the network's own.
         exclude: layers that stay dense, see :func:`dass.prune`.
         width: see :func:`dass.zoo.create`.
+        genotype: of the cells of "cells", JSON; as many cells and channels as ``dass_tiny`` has.
     """
     name = zoo_name(network, size)
+    options = {} if genotype is None else _cells(genotype)
     shape = (batch, *input_shape(network, size))
     generator = seed("peers", name, shape)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = zoo.create(name, width=width).eval().requires_grad_(False)
+        model = zoo.create(name, width=width, **options).eval().requires_grad_(False)
     dass.prune(model, sparsity, exclude=exclude)
     randomize_norms(model, torch.randn((2, *shape[1:]), generator=generator), generator)
     example = torch.randn(shape, generator=generator)
@@ -96,7 +101,7 @@ def make(
         want = dense(example)
     weights = [m.weight for m in dense.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     facts = {
-        "network": name,
+        "network": name if genotype is None else f"{name} ({genotype.stem})",
         "size": shape[2],
         "batch": batch,
         "sparsity": sparsity,
@@ -108,18 +113,26 @@ def make(
     return Case(folder, model, example, want.clone(), facts)
 
 
+def _cells(genotype: Path) -> dict:
+    like = FOUND["networks"]["dass_tiny"]
+    size = {"channels": like["channels"], "layers": like["layers"]}
+    return {"genotype": genotype.read_text(), **size}
+
+
 def randomize_norms(model: nn.Module, images: Tensor, generator: torch.Generator) -> None:
     """Gives every BatchNorm statistics and parameters of its own, fit for what it reads.
 
     Per channel, with k uniform in [0.5, 1]: running mean k times the true one over `images`, and as
     variance the mean square about that; scale uniform in [0.5, 1.5], shift from N(0.5, 0.3). The
     signal keeps its size through all layers, and an error of 1e-3 in the input stays of that order:
-    with true means and shifts about 0 a deep network of random weights magnifies it 20 times.
+    with true means and shifts about 0 a deep network of random weights magnifies it 20 times, and
+    so does one that blows up channels which hardly vary: theirs counts LEAST_VARIANCE of the most.
     """
 
     def set_one(norm: nn.BatchNorm2d, args: tuple) -> None:
         x = args[0]
         mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+        variance = variance.clamp_min(LEAST_VARIANCE * float(variance.max()))
         part = torch.empty_like(mean).uniform_(0.5, 1, generator=generator)
         norm.running_mean.copy_(part * mean)
         norm.running_var.copy_(variance + ((1 - part) * mean).square())
