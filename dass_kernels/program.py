@@ -38,7 +38,7 @@ class Program:
     def _checked(self, tensors: Sequence[Tensor]) -> tuple[list[int], int]:
         batch = tensors[0].shape[0]
         for t, apart in zip(tensors, self._apart, strict=True):
-            if t.dtype != torch.float32 or t.device.type != "cpu" or not t.is_contiguous():
+            if t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous():
                 raise ValueError("tensors must be contiguous float32 on the CPU")
             if t.shape[0] != batch or t.numel() != batch * apart:
                 raise ValueError(f"{batch} images of {apart} floats expected, got {list(t.shape)}")

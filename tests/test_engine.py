@@ -47,6 +47,17 @@ def test_a_result_is_the_callers_own():
     assert same(x).data_ptr() != x.data_ptr() and torch.equal(same(x), x.flatten(1))
 
 
+@pytest.mark.parametrize("torch_node", [False, True])
+def test_a_result_has_no_gradient(torch_node):
+    model = nn.Sequential(*small_net(), nn.LogSoftmax(1)).eval() if torch_node else small_net()
+    x = images(2, 3, 8, 8).requires_grad_()
+    engine = compiled(model, (3, 8, 8))
+    assert any(segment.torch is not None for segment in engine.segments) == torch_node
+    for engine in (engine, compiled(nn.Flatten().eval(), (3, 8, 8))):
+        result = engine(x)
+        assert not result.requires_grad and not result.is_inference()
+
+
 @pytest.mark.parametrize("batch", [1, 5, 40])
 def test_two_threads_give_the_bits_of_one(batch, one_thread):
     model, shape = pruned("mobilenet_v2", exclude="depthwise")

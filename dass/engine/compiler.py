@@ -124,17 +124,21 @@ class Engine:
         self.graph, self.removed, self.precision = graph, removed, precision
         self._tune, self.cache = tune, cache
         self.segments = cut(graph)
+        # Nothing is left to torch, which then need not be told to keep no gradients.
+        self._alone = all(segment.torch is None for segment in self.segments)
         self._built: dict[tuple[int, bool], Built] = {}
         self._building = threading.Lock()  # of several threads one measures, the others wait
         self._side_by_side = False  # whether batches go with the images of a register side by side
         self.batch = 1
         self.isa = dass_kernels.active_isa()
 
-    @torch.inference_mode()
     def __call__(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] float32 -> the network's output, a tensor of its own."""
+        """[B, C, H, W] float32 -> the network's output, a tensor of its own, without a gradient."""
         x = self._checked(x)
-        return self.run(x, self.wide(len(x)))
+        if self._alone:
+            return self.run(x, self.wide(len(x)))
+        with torch.no_grad():
+            return self.run(x, self.wide(len(x)))
 
     @torch.inference_mode()
     def prepare(self, example: Tensor) -> None:
@@ -201,10 +205,10 @@ class Engine:
 
     def _checked(self, x: Tensor) -> Tensor:
         shape = self.graph.nodes[0].shape
-        if not isinstance(x, Tensor) or x.dim() != 4 or tuple(x.shape[1:]) != shape:
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1:] != shape:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"input must be [B, {', '.join(map(str, shape))}], got {got}")
-        if x.dtype != torch.float32 or x.device.type != "cpu":
+        if x.dtype != torch.float32 or not x.is_cpu:
             raise ValueError(f"input must be float32 on the CPU, got {x.dtype} on {x.device}")
         if dass_kernels.active_isa() != self.isa:
             raise ValueError(
@@ -230,13 +234,13 @@ class Engine:
             if segment.torch is not None:
                 values[segment.outputs[0]] = call(segment, None, inputs).contiguous()
                 continue
-            outputs = [x.new_empty(len(x), *segment.graph[name].shape) for name in segment.outputs]
+            outputs = [x.new_empty((len(x), *shape)) for shape in segment.shapes]
             if len(x):
                 tensors = [*inputs, *outputs]
                 call(segment, self.built(index, side_by_side, tensors), tensors)
-            values |= dict(zip(segment.outputs, outputs, strict=True))
+            values.update(zip(segment.outputs, outputs, strict=True))
         result = values[self.graph.outputs[0]]
-        return result.clone() if result.data_ptr() == x.data_ptr() else result
+        return result.detach().clone() if result.data_ptr() == x.data_ptr() else result
 
     def built(self, index: int, side_by_side: bool, sample: list[Tensor] | None = None) -> Built:
         """A segment's program; made first, and measured on `sample`, if there is none yet."""

@@ -14,11 +14,13 @@ from dass.engine.interpret import run_torch
 class Segment:
     """Either nodes for a program (`graph`) or one node for torch (`torch`).
 
-    inputs, outputs: names of tensors [batch, ...], in the order in which they are passed.
+    inputs, outputs: names of tensors [batch, ...], in the order in which they are passed. shapes:
+    of the outputs, without the batch.
     """
 
     inputs: list[str]
     outputs: list[str]
+    shapes: list[tuple[int, ...]]
     graph: g.Graph | None = None
     torch: g.Torch | None = None
 
@@ -43,8 +45,9 @@ def _segment(graph: g.Graph, nodes: list[g.Node]) -> Segment:
     names = {node.name for node in nodes}
     inputs = list(dict.fromkeys(n for node in nodes for n in node.inputs if n not in names))
     if len(nodes) == 1 and isinstance(nodes[0], g.Torch):
-        return Segment(inputs, [nodes[0].name], torch=nodes[0])
+        return Segment(inputs, [nodes[0].name], [nodes[0].shape], torch=nodes[0])
     read_outside = {n for node in graph if node.name not in names for n in node.inputs}
     outputs = [n.name for n in nodes if n.name in read_outside or n.name in graph.outputs]
     given = [g.Input(name, [], graph[name].shape) for name in inputs]
-    return Segment(inputs, outputs, graph=g.Graph([*given, *nodes], outputs))
+    shapes = [graph[name].shape for name in outputs]
+    return Segment(inputs, outputs, shapes, graph=g.Graph([*given, *nodes], outputs))
