@@ -79,6 +79,7 @@ def run(options: argparse.Namespace) -> dict:
         raise SystemExit(str(reason)) from None
     held = session.Session(options)
     held.document["settings"] |= {"seconds": options.seconds, "reference": catalogue.REFERENCE}
+    held.document["settings"]["dense_isa"] = options.isa or "best"  # of the workers
     for reason in reasons:
         held.note(f"left out: {reason}")
     how = {"threads": options.threads, "rounds": options.rounds, "seconds": options.seconds}
@@ -89,6 +90,7 @@ def run(options: argparse.Namespace) -> dict:
                 network, sparsity, Path(folder), size=size, batch=options.batch, exclude=exclude
             )
             result = race.compare(case, peers, **how)
+        result["isa"] = held.document["settings"]["isa"]
         held.document["rows"].append(result)
         held.document["failures"] += [
             f"{result['network']} {sparsity}: {name}: {why}"
