@@ -16,7 +16,7 @@ import dass
 import dass_kernels
 from bench.contest import NotAvailable
 from bench.peers import __main__ as command
-from bench.peers import catalogue, install, models, race, summary
+from bench.peers import catalogue, install, models, race
 from bench.peers.catalogue import PEERS
 from bench.peers.client import WorkerError
 from bench.peers.worker import answer
@@ -249,23 +249,3 @@ def test_a_run_kept_to_an_instruction_set_says_so():
         dass_kernels.set_isa(before)
     assert document["settings"]["isa"] == document["settings"]["dense_isa"] == "avx2"
     assert [row["isa"] for row in document["rows"]] == ["avx2"]
-
-
-def test_many_comparisons_in_one_table():
-    def comparison(network, batch, **times):
-        rows = [{"peer": name.replace("_", "-"), "median_us": us} for name, us in times.items()]
-        facts = {"network": network, "size": 32, "batch": batch, "threads": 1, "sparsity": 0.95}
-        return {**facts, "rows": rows}
-
-    told = summary.table(
-        [
-            comparison("a", 1, dass_compile=500.0, mnn=1500.0),
-            comparison("b", 16, dass_compile=1000.0, openvino=2500.0),
-            comparison("c", 1, openvino=1.0),  # not timed here: no row
-        ]
-    ).splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told]
-    assert cells[0] == ["network", "zeros", "dass-compile ms", "x mnn", "x openvino"]
-    assert cells[2] == ["a 32, batch 1", "95%", "0.500", "3.00", ""]
-    assert cells[3] == ["b 32, batch 16", "95%", "1.000", "", "2.50"]
-    assert len(cells) == 4
