@@ -104,7 +104,9 @@ for command in (search, latency_table, train, sparse, prune, finetune):
 
 @app.command()
 def evaluate(
-    source: Source,
+    source: Annotated[
+        str, typer.Argument(help="A run folder, or a file of dass.save or of dass compile.")
+    ],
     data: OptionalData = None,
     batches: Batches = "1,16",
     threads: BenchThreads = 1,
@@ -114,7 +116,9 @@ def evaluate(
     size: Size = None,
     out: Annotated[Path | None, typer.Option(help="A folder for the report.")] = None,
 ) -> None:
-    """Accuracy, nonzeros, size on disk and latency of a saved network.
+    """Accuracy, nonzeros, size on disk and latency of a saved network, or of an engine's file.
+
+    A network is compared with the same one dense; an engine, which holds no other, stands alone.
 
     Example: **dass evaluate runs/r20-90 --batches 1,16**
     """

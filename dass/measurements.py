@@ -10,10 +10,12 @@ from torch import nn
 
 from dass.convert import LEAST_ZEROS, densify, sparsify
 from dass.display import Display
+from dass.engine_report import evaluate_engine
 from dass.latency import compare_layers, compare_networks
 from dass.pruning import prune
 from dass.report import Report, Section, machine_table
 from dass.runs import UserError, model_file
+from dass.sealed import ENGINE, kind_of
 from dass.sources import (
     build_network,
     check_fit,
@@ -58,12 +60,18 @@ def evaluate_model(
     """Accuracy, nonzeros, size on disk and latency of a saved network.
 
     Args:
-        source: a run folder or a file of ``dass.save``.
+        source: a run folder or a file of ``dass.save``; or of ``engine.save``, for which see
+            :func:`dass.engine_report.evaluate_engine`.
         data, size: None: no accuracy.
         model: "package.module:function", for a network that is not of the zoo.
         shape: of one input to time, without the batch. Default: the images', or the zoo network's.
         batches: batch sizes to time; none: no latency.
     """
+    if kind_of(model_file(source)) is ENGINE:
+        if model or shape:
+            raise UserError(f"{source} is an engine's file: it needs neither --model nor --input")
+        timing = {"batches": batches, "num_threads": num_threads, "seconds": seconds}
+        return evaluate_engine(source, console, data=data, size=size, **timing)
     network = load_model(source, model).eval()
     counts = count_weights(network)
     zeros = 1 - counts["nonzeros"] / max(counts["weights"], 1)

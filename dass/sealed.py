@@ -24,6 +24,7 @@ __all__ = [
     "MODEL",
     "Kind",
     "VersionError",
+    "kind_of",
     "read_header",
     "read_tensors",
     "write_sealed",
@@ -91,6 +92,19 @@ def read_header(path: str | os.PathLike, kind: Kind) -> dict[str, str]:
     if total.hexdigest() != digest:
         raise CorruptFileError(f"{path}: truncated or altered: its checksum does not fit")
     return metadata
+
+
+def kind_of(path: str | os.PathLike) -> Kind | None:
+    """Which kind a file says it is, whole or not; None: of neither. OSError."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= min(size, _MOST_HEADER) else b""
+    try:
+        metadata = json.loads(header)["__metadata__"]
+        return next((kind for kind in (MODEL, ENGINE) if kind.key in metadata), None)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _metadata(path: str | os.PathLike, kind: Kind, header: bytes) -> dict[str, str]:

@@ -53,8 +53,8 @@ def test_a_result_has_no_gradient(torch_node):
     x = images(2, 3, 8, 8).requires_grad_()
     engine = compiled(model, (3, 8, 8))
     assert any(segment.torch is not None for segment in engine.segments) == torch_node
-    for engine in (engine, compiled(nn.Flatten().eval(), (3, 8, 8))):
-        result = engine(x)
+    for each in (engine, compiled(nn.Flatten().eval(), (3, 8, 8))):
+        result = each(x)
         assert not result.requires_grad and not result.is_inference()
 
 

@@ -15,7 +15,7 @@ from dass.encoding import CorruptFileError
 from dass.engine import compiler, explain, roofline, tuning
 from dass.engine.graph import Torch
 from dass.engine.saving import check_operation, read_engine
-from dass.sealed import VersionError
+from dass.sealed import ENGINE, MODEL, VersionError, kind_of
 
 
 @pytest.fixture(autouse=True)
@@ -346,3 +346,48 @@ def test_a_users_error_is_one_line(saved, words, says):
     assert done.exit_code == 2 and says in done.output
     same = CliRunner().invoke(cli.app, ["compile", str(saved), "-o", str(saved), "--no-tune"])
     assert same.exit_code == 2 and "is the network itself" in same.output
+
+
+def test_the_command_evaluates_an_engines_file(saved, tmp_path):
+    out, report = tmp_path / "net.engine", tmp_path / "report"
+    ok("compile", saved, "-o", out, "--size", 12)
+    data = ["--data", "synthetic", "--size", 12, "--out", report]
+
+    def found():
+        return json.loads((report / "report.json").read_text())["data"]
+
+    text = ok("evaluate", out, "--batches", "1,2", *data)
+    assert "test images right" in text and "images per s" in text and "3x12x12" in text
+    engine, said = dass.load_engine(out), found()
+    weights = [node.weight for node in engine.graph if hasattr(node, "weight")]
+    assert said["nonzeros"] == sum(int(weight.count_nonzero()) for weight in weights)
+    assert said["file_bytes"] == out.stat().st_size and list(said["latency"]) == ["1", "2"]
+    ok("evaluate", saved, "--no-latency", *data)
+    assert found()["accuracy"] == said["accuracy"]
+    text = ok("evaluate", out, "--no-latency")
+    assert "right" not in text and "images per s" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--model", "a:b"], "needs neither --model nor --input"),
+        (["--input", "3x12x12"], "needs neither --model nor --input"),
+        (["--data", "synthetic", "--size", 16], "does not take these images: input must be"),
+    ],
+)
+def test_an_engine_takes_what_it_was_compiled_for(words, says, tmp_path):
+    compiled(small_net(), (3, 8, 8)).save(tmp_path / "net.engine")
+    done = CliRunner().invoke(cli.app, ["evaluate", str(tmp_path / "net.engine"), *map(str, words)])
+    assert done.exit_code == 2 and says in " ".join(done.output.split())
+
+
+def test_the_kind_of_a_file_is_told_without_reading_it(tmp_path):
+    path = tmp_path / "file"
+    for content in (b"", b"1234567", b"\xff" * 40, (20).to_bytes(8, "little") + b"x" * 20):
+        path.write_bytes(content)
+        assert kind_of(path) is None
+    compiled(small_net(), (3, 8, 8)).save(path)
+    assert kind_of(path) is ENGINE
+    dass.save(dass.zoo.create("resnet20", width=0.25), path)
+    assert kind_of(path) is MODEL

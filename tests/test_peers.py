@@ -13,12 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 pytest.importorskip("bench.peers", reason="the benchmarks are not part of this tree")
 
 import dass
+import dass_kernels
 from bench.contest import NotAvailable
 from bench.peers import __main__ as command
-from bench.peers import catalogue, install, models, race, summary
+from bench.peers import catalogue, install, models, race
 from bench.peers.catalogue import PEERS
 from bench.peers.client import WorkerError
 from bench.peers.worker import answer
+from dass.engine import tuning
 from dass.timing import Sample
 
 EAGER = PEERS["torch-eager"]
@@ -26,8 +28,9 @@ EAGER = PEERS["torch-eager"]
 
 @pytest.fixture(autouse=True)
 def _no_peers(tmp_path, monkeypatch):
-    """What is tested does not depend on what this machine has installed."""
+    """What is tested does not depend on what this machine has installed or measured."""
     monkeypatch.setenv("DASS_PEERS", str(tmp_path / "peers"))
+    monkeypatch.setenv("DASS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,16 @@ def test_only_peers_that_agree_are_timed(case):
     assert "- wrong: not timed" in race.table(result)
 
 
+def test_an_engine_is_timed_from_its_file(case, monkeypatch):
+    monkeypatch.setattr(tuning, "ROUNDS", 1)
+    monkeypatch.setattr(tuning, "RUNS", 1)
+    result = race.compare(case, [PEERS["dass-engine"]], rounds=1, seconds=0)
+    (row,) = result["rows"]
+    assert row["version"] == dass.__version__ and row["precision"] == "fp32"
+    assert 0 <= row["error"] <= 1e-5
+    assert dass.load_engine(case.paths["engine"]).graph.nodes[0].shape == (3, 32, 32)
+
+
 def test_wrong_arguments_are_refused_before_anything_runs():
     with pytest.raises(SystemExit, match="openvino is not set up: python -m"):
         command.main(["run", "--peers", "torch-eager", "openvino"])
@@ -107,7 +120,7 @@ def test_wrong_arguments_are_refused_before_anything_runs():
 
 def test_what_is_not_set_up_is_left_out_with_its_reason(monkeypatch):
     found, reasons = catalogue.available()
-    assert {peer.runtime for peer in found} == {"torch"}
+    assert {peer.runtime for peer in found} == {"torch", "engine"}
     assert "openvino is not set up: python -m bench.peers setup openvino" in reasons
     monkeypatch.setattr(catalogue, "cpu_flags", lambda: {"avx2"})
     with pytest.raises(NotAvailable, match="no amx_bf16 or avx512_bf16"):
@@ -218,26 +231,21 @@ def test_a_run_writes_its_document(tmp_path, capsys):
     document = json.loads(path.read_text())
     assert document["facts"]["cpu"] and document["settings"]["reference"] == "openvino"
     (result,) = document["rows"]
+    assert result["isa"] == document["settings"]["isa"] == dass_kernels.active_isa()
+    assert document["settings"]["dense_isa"] == "best"
     assert {row["peer"] for row in result["rows"]} == {"torch-eager", "sparsify"}
     assert document["failures"] == []
     assert "| sparsify" in capsys.readouterr().out
 
 
-def test_many_comparisons_in_one_table():
-    def comparison(network, batch, **times):
-        rows = [{"peer": name.replace("_", "-"), "median_us": us} for name, us in times.items()]
-        facts = {"network": network, "size": 32, "batch": batch, "threads": 1, "sparsity": 0.95}
-        return {**facts, "rows": rows}
-
-    told = summary.table(
-        [
-            comparison("a", 1, dass_compile=500.0, mnn=1500.0),
-            comparison("b", 16, dass_compile=1000.0, openvino=2500.0),
-            comparison("c", 1, openvino=1.0),  # not timed here: no row
-        ]
-    ).splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told]
-    assert cells[0] == ["network", "zeros", "dass-compile ms", "x mnn", "x openvino"]
-    assert cells[2] == ["a 32, batch 1", "95%", "0.500", "3.00", ""]
-    assert cells[3] == ["b 32, batch 16", "95%", "1.000", "", "2.50"]
-    assert len(cells) == 4
+def test_a_run_kept_to_an_instruction_set_says_so():
+    before = dass_kernels.active_isa()
+    if "avx2" not in dass_kernels.available_isas():
+        pytest.skip("no AVX2 here")
+    words = "run --network resnet20 --sparsity 0.9 --rounds 1 --seconds 0 --peers torch-eager"
+    try:
+        document = command.run(command.parser().parse_args([*words.split(), "--isa", "avx2"]))
+    finally:
+        dass_kernels.set_isa(before)
+    assert document["settings"]["isa"] == document["settings"]["dense_isa"] == "avx2"
+    assert [row["isa"] for row in document["rows"]] == ["avx2"]

@@ -3,6 +3,7 @@
     python -m bench.peers setup [NAMES]      each runtime into an environment of its own
     python -m bench.peers run --network mobilenet_v2 --size 224 --sparsity 0.9 0.95 --json FILE
     python -m bench.peers table FILES        the engine against each of them, in one table
+    python -m bench.peers report FILES       that, a picture and memory into docs/benchmarks.md
 
 See docs/peers.md.
 """
@@ -16,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from bench.contest import NotAvailable
-from bench.peers import install, summary
+from bench.peers import install, report, summary
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,6 +52,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--json", type=Path, help="write everything to this file")
     told = commands.add_parser("table", help="one table of what `run --json` wrote")
     told.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    wrote = commands.add_parser("report", help="write what `run --json` wrote into the documents")
+    wrote.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    wrote.add_argument("--to", type=Path, default=Path("docs"), help="their folder (default: docs)")
+    wrote.add_argument("--keep", type=Path, help="also copy what is shown of the files there")
     return parsed
 
 
@@ -87,6 +92,7 @@ def run(options: argparse.Namespace) -> dict:
         raise SystemExit(str(reason)) from None
     held = session.Session(options)
     held.document["settings"] |= {"seconds": options.seconds, "reference": catalogue.REFERENCE}
+    held.document["settings"]["dense_isa"] = options.isa or "best"  # of the workers
     for reason in reasons:
         held.note(f"left out: {reason}")
     how = {"threads": options.threads, "rounds": options.rounds, "seconds": options.seconds}
@@ -103,6 +109,7 @@ def run(options: argparse.Namespace) -> dict:
                 genotype=options.genotype,
             )
             result = race.compare(case, peers, **how)
+        result["isa"] = held.document["settings"]["isa"]
         held.document["rows"].append(result)
         held.document["failures"] += [
             f"{result['network']} {sparsity}: {name}: {why}"
@@ -118,7 +125,13 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command == "setup":
         set_up(options)
     elif options.command == "table":
-        print(summary.table(summary.read(options.files)))
+        documents = summary.read(options.files)
+        print(f"{summary.machine(documents)}\n\n{summary.table(summary.comparisons(documents))}")
+    elif options.command == "report":
+        try:
+            print(*report.write(options.files, options.to, options.keep), sep="\n")
+        except ValueError as reason:
+            raise SystemExit(str(reason)) from None
     elif failures := run(options)["failures"]:
         raise SystemExit(f"{len(failures)} without a time: see above")
 

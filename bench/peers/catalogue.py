@@ -29,7 +29,7 @@ class Peer:
 
     runtime, entry: see :mod:`bench.peers.worker`.
     environment: a key of ``install.ENVIRONMENTS``; None is the present one.
-    form: of the model's file: "onnx", "mnn" or "dass".
+    form: of the model's file, a key of ``models.FORMS``.
     precision: a key of :data:`TOLERANCES`.
     cpu_flags: it needs one of them, by their names in /proc/cpuinfo; () needs none.
     """
@@ -61,6 +61,7 @@ _RUNTIMES = (
     ),
     Peer("deepsparse", "deepsparse", "deepsparse", "onnx"),
     Peer("mnn", "mnn", "mnn", "mnn"),
+    Peer("dass-engine", "engine", None, "engine"),
 )  # fmt: skip
 PEERS = {
     **{peer.name: peer for peer in _RUNTIMES},

@@ -156,6 +156,13 @@ def _to_dass(case: Case) -> Path:
     return path
 
 
+def _to_engine(case: Case) -> Path:
+    """Compiled for the example's batch and torch's present threads, and saved."""
+    path = case.folder / "model.engine"
+    dass.compile(case.model, case.example).save(path)
+    return path
+
+
 def _to_onnx(case: Case) -> Path:
     install.import_onnx()
     path = case.folder / "model.onnx"
@@ -192,4 +199,9 @@ def _to_mnn(case: Case) -> Path:
     return path
 
 
-FORMS: dict[str, Callable[[Case], Path]] = {"dass": _to_dass, "onnx": _to_onnx, "mnn": _to_mnn}
+FORMS: dict[str, Callable[[Case], Path]] = {
+    "dass": _to_dass,
+    "engine": _to_engine,
+    "onnx": _to_onnx,
+    "mnn": _to_mnn,
+}

@@ -17,6 +17,7 @@ from bench.peers.catalogue import REFERENCE, TOLERANCES, Peer
 from bench.peers.client import Worker, WorkerError
 from bench.peers.models import Case
 from bench.table import markdown
+from dass import timing
 from dass.latency import relative_error
 from dass.timing import Sample, speedup
 
@@ -79,10 +80,12 @@ def cores(threads: int) -> list[int]:
 
 def start(case: Case, peer: Peer, threads: int, limits: Mapping[str, str] | None = None) -> Worker:
     """A worker that has loaded the network, run it once and written its output."""
+    with timing.threads(threads):  # an engine is measured in this process, then saved
+        model = case.path(peer.form)
     job = {
         "runtime": peer.runtime,
         "entry": peer.entry,
-        "model": str(case.path(peer.form)),
+        "model": str(model),
         "input": str(case.folder / "input.npy"),
         "output": str(_output(case, peer)),
         "threads": threads,

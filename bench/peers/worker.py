@@ -123,12 +123,29 @@ def _torch(job, x):
     )
 
 
+def _engine(job, x):
+    """Of a file: nothing is captured, tuned or measured in this process."""
+    import torch
+
+    import dass
+
+    torch.set_num_threads(job["threads"])
+    engine, example = dass.load_engine(job["model"]), torch.from_numpy(x)
+    return Loaded(
+        lambda: engine(example),
+        lambda result: result.numpy(),
+        version=dass.__version__,
+        precision=engine.precision,
+    )
+
+
 RUNTIMES = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "deepsparse": _deepsparse,
     "mnn": _mnn,
     "torch": _torch,
+    "engine": _engine,
 }
 
 

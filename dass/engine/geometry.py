@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-
-from dass.engine import graph as g
 
 Four = tuple[int, int, int, int]
 
@@ -30,34 +26,6 @@ def output_size(
         count(size[0], kernel[0], stride[0], top, bottom, dilation[0]),
         count(size[1], kernel[1], stride[1], left, right, dilation[1]),
     )
-
-
-def shape_of(node, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of a node's output, without the batch, from those of its inputs.
-
-    Raises:
-        ValueError: windows of no size, or that do not fit into the picture.
-    """
-    first = shapes[0]
-    if isinstance(node, g.Conv | g.Pool):
-        channels = node.shape[0] if isinstance(node, g.Conv) else first[0]
-        kernel = node.kernel if isinstance(node, g.Pool) else tuple(node.weight.shape[2:])
-        steps = (*kernel, *node.stride, *node.dilation)
-        size = output_size(first[1:], kernel, node.stride, node.padding, node.dilation)
-        if min(steps) < 1 or min(size) < 1:
-            raise ValueError(f"{node.name} has windows {kernel} on a picture {first[1:]}")
-        return (channels, *size)
-    if isinstance(node, g.Linear):
-        return (len(node.weight),)
-    if isinstance(node, g.Mean):
-        return first[:1]
-    if isinstance(node, g.Flatten):
-        return (math.prod(first),)
-    if isinstance(node, g.Concat):
-        if any(shape[1:] != first[1:] for shape in shapes):
-            raise ValueError(f"{node.name} joins {shapes}")
-        return (sum(shape[0] for shape in shapes), *first[1:])
-    return first
 
 
 def taps_inside(node, size: tuple[int, int]) -> Tensor:

@@ -36,7 +36,9 @@ _FUSIONS: tuple[Callable[[Graph], Graph], ...] = (
 )
 
 
-def simplify(graph: Graph, dtype: torch.dtype = torch.float32) -> tuple[Graph, Report]:
+def simplify(
+    graph: Graph, dtype: torch.dtype = torch.float32, *, keep_dead: bool = False
+) -> tuple[Graph, Report]:
     """The same network in as few nodes and channels as these passes find, and what they took out.
 
     They are repeated until nothing changes. Residuals are fused once no more constants are found,
@@ -46,16 +48,22 @@ def simplify(graph: Graph, dtype: torch.dtype = torch.float32) -> tuple[Graph, R
     Args:
         graph: as `dass.engine.capture.capture` gives it; it is left as it is.
         dtype: what weights are rounded to in the end.
+        keep_dead: leave what nobody reads, to measure what taking it out gives.
     """
-    graph, report = remove_dead(ungroup(graph))
+    remove = _keep_all if keep_dead else remove_dead
+    graph, report = remove(ungroup(graph))
     for fusions in (_FUSIONS, (*_FUSIONS, fuse_residuals)):
         before = None
         while before != (before := _size(graph)):
             for fusion in fusions:
                 graph = fusion(graph)
-            graph, removed = remove_dead(graph)
+            graph, removed = remove(graph)
             report = report + removed
     return rounded(graph, dtype), report
+
+
+def _keep_all(graph: Graph) -> tuple[Graph, Report]:
+    return graph, Report()
 
 
 def rounded(graph: Graph, dtype: torch.dtype) -> Graph:

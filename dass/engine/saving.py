@@ -21,8 +21,8 @@ from dass.encoding import DTYPES, CorruptFileError, decode, store
 from dass.engine import graph as g
 from dass.engine.channels import Report
 from dass.engine.depth_first import Fusion
-from dass.engine.geometry import shape_of
 from dass.engine.programs import Decisions
+from dass.engine.shapes import output_shape
 from dass.engine.tuning import Kernel
 from dass.sealed import ENGINE, read_header, read_tensors, write_sealed
 
@@ -268,45 +268,34 @@ def check_graph(graph: g.Graph) -> None:
             check_operation(node)
         else:
             _check_parameters(node, inputs)
-            if (found := shape_of(node, inputs)) != tuple(node.shape):
+            if (found := output_shape(node, inputs)) != tuple(node.shape):
                 raise ValueError(f"{node.name} is {node.shape}, its inputs give {found}")
-        shapes[node.name] = tuple(node.shape)
+        shapes[node.name] = node.shape
     _ = shapes[graph.outputs[0]]
 
 
-def _check_parameters(node: g.Node, shapes: list[tuple[int, ...]]) -> None:
-    channels = node.shape[0]
-    one = 1 if not isinstance(node, g.Concat) else len(shapes)
-    counts = {g.Add: (2,), g.Mul: (2,), g.Conv: (1, 2)}.get(type(node), (one,))
-    if len(shapes) not in counts or not shapes or any(len(s) not in (1, 3) for s in shapes):
-        raise ValueError(f"{node.name} with the inputs {shapes}")
+def _check_parameters(node: g.Node, inputs: list[tuple[int, ...]]) -> None:
+    """What its shape does not depend on."""
+    if not inputs or any(len(shape) not in (1, 3) for shape in inputs):
+        raise ValueError(f"{node.name} with the inputs {inputs}")
     if getattr(node, "activation", None) not in (None, *g.ACTIVATIONS):
         raise ValueError(f"{node.name} with the activation {node.activation!r}")
     for key in ("weight", "bias", "scale"):
         value = getattr(node, key, None)
         if value is not None and value.dtype != torch.float32:
             raise ValueError(f"{node.name} with {key} in {value.dtype}")
-        if value is not None and key != "weight" and tuple(value.shape) != (channels,):
+        if value is not None and key != "weight" and tuple(value.shape) != node.shape[:1]:
             raise ValueError(f"{node.name} with {key} {tuple(value.shape)}")
-    if isinstance(node, g.Conv):
-        _check_conv(node, shapes)
-    if isinstance(node, g.Linear) and tuple(node.weight.shape) != (channels, *shapes[0]):
-        raise ValueError(f"{node.name} with weight {tuple(node.weight.shape)}")
     if isinstance(node, g.Pool) and node.kind not in ("max", "avg"):
         raise ValueError(f"{node.name} is a pool of kind {node.kind!r}")
-    if isinstance(node, g.Add) and shapes[0] != shapes[1]:
-        raise ValueError(f"{node.name} adds {shapes}")
-    if isinstance(node, g.Mul) and shapes[1] not in (shapes[0], shapes[0][:1]):
-        raise ValueError(f"{node.name} multiplies {shapes}")
+    if isinstance(node, (g.Conv, g.Pool)) and _padded(inputs[0], node.padding) > MOST_ELEMENTS:
+        raise ValueError(f"{node.name} with padding {node.padding}")
 
 
-def _check_conv(node: g.Conv, shapes: list[tuple[int, ...]]) -> None:
-    sizes = tuple(node.weight.shape)
-    fits = len(sizes) == 4 and len(shapes[0]) == 3 and min(sizes) > 0
-    if not fits or sizes[0] % node.groups or sizes[1] * node.groups != shapes[0][0]:
-        raise ValueError(f"{node.name} with weight {sizes} in {node.groups} groups on {shapes[0]}")
-    if len(shapes) == 2 and shapes[1] != node.shape:
-        raise ValueError(f"{node.name} is {node.shape}, what is added {shapes[1]}")
+def _padded(shape: tuple[int, ...], padding: tuple[int, int, int, int]) -> int:
+    """Elements with what is put around each plane."""
+    top, bottom, left, right = (max(pad, 0) for pad in padding)
+    return shape[0] * (shape[-2] + top + bottom) * (shape[-1] + left + right)
 
 
 def check_operation(node: g.Torch) -> None:
