@@ -15,6 +15,7 @@ from dass.engine import ahead
 from dass.engine import graph as g
 from dass.engine.depth_first import Fusion
 from dass.engine.layout import Layout, Place, assign_offsets, tensor, vector
+from dass.engine.phases import phases_read
 from dass.engine.steps import (
     ACTIVATION_CODES,
     COMBINE,
@@ -30,9 +31,6 @@ from dass.engine.steps import (
     rows_step,
     suits_depthwise,
 )
-
-# Splitting fewer of the planes than this pays, though layers may no longer share them.
-MOST_PLANES = 0.75
 
 
 class _Planner:
@@ -279,33 +277,21 @@ class _Planner:
         """The phases of a strided input: pixel (sh y + a, sw x + b) at (y, x) of plane (c, a, b).
 
         Returns:
-            (their picture, the plane that each weight reads [channels, kh, kw]). There are planes
-            for what some weight reads, or for everything if that is nearly all.
+            (their picture, the plane that each weight reads [channels, kh, kw]).
         """
         sh, sw = node.stride
         relu = node.inputs[0] in self.relus
         name = self.relus.get(node.inputs[0], node.inputs[0])
         name = name if self.pixel == 1 else self._picture(name)
         channels, rows, columns = self._shape(name)
-        phase = (dy % sh)[:, None] * sw + dx % sw
-        read = _read(node, channels)
-        kept = np.zeros((channels, sh * sw), bool)
-        np.logical_or.at(kept, (np.arange(channels)[:, None, None], phase), read)
-        whole = np.zeros(sh * sw, bool)
-        whole[phase] = True
-        if kept.sum() > MOST_PLANES * channels * whole.sum():
-            kept[:] = whole
-        kept[0, phase.flat[0]] |= not kept.any()  # a layer without weights
-        channel, which = (each.astype(np.int32) for each in np.nonzero(kept))
-        number = np.cumsum(kept.ravel()).reshape(kept.shape) - 1
-        plane = number[np.arange(channels)[:, None, None], phase]
-        key = (name, relu, sh, sw, kept.tobytes())
+        channel, phase, plane = phases_read(node, channels, dy, dx)
+        key = (name, relu, sh, sw, channel.tobytes(), phase.tobytes())
         if key in self.splits:
             return self.splits[key], plane
         split = self.splits[key] = f"{name} split {len(self.splits)}"
         self.layout.add(split, (len(channel), -(-rows // sh), -(-columns // sw)))
         fields = {
-            "channels": channel, "shift_h": which // sw, "shift_w": which % sw,
+            "channels": channel, "shift_h": phase // sw, "shift_w": phase % sw,
             "stride_h": sh, "stride_w": sw, "activation": int(relu),
         }  # fmt: skip
         note = (
@@ -477,13 +463,6 @@ class _Planner:
             name, first = self.parts[name]
             channel += first
         return name, channel
-
-
-def _read(node: g.Conv, channels: int) -> np.ndarray:
-    """Whether some weight reads a channel at a tap, [channels, kh, kw]."""
-    used = (node.weight != 0).numpy()
-    used = used.reshape(node.groups, -1, *used.shape[1:]).any(1)
-    return used.reshape(channels, *used.shape[2:])
 
 
 def make_plan(
