@@ -1,4 +1,4 @@
-"""Uses the installed package once through: kernels, gradients, a pruned network, a file.
+"""Uses the installed package once through: kernels, gradients, a pruned network, its engine, files.
 
 Prints the versions; an assertion fails if a result is wrong. Run by scripts/wheel_torches.sh.
 """
@@ -53,3 +53,12 @@ with torch.inference_mode():
     assert torch.equal(again(image), fast(image))
 layers = [m for m in fast.modules() if isinstance(m, (dass.SparseConv2d, dass.SparseLinear))]
 print(f"resnet20 at 95 % zeros: {len(layers)} layers sparse, saved and loaded, same outputs")
+
+engine = dass.compile(model, image, cache=None)
+with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+    torch.testing.assert_close(engine(image), want, rtol=1e-4, atol=1e-4)
+    engine.save(f"{folder}/net.engine")
+    again = dass.load_engine(f"{folder}/net.engine", cache=None)
+    assert torch.equal(again(image), engine(image))
+code = dk.emit_unavailable() or "with emitted code"
+print(f"the same compiled ({code}), saved and loaded, same outputs")

@@ -25,5 +25,5 @@ for torch in "$@"; do
   echo "== $torch: $(sha256sum "$wheel" | cut -c1-12) $(basename "$wheel")"
   venv/bin/python use_wheel.py
   venv/bin/python -m pytest -p no:cacheprovider \
-    tests/test_{build,spmm,conv2d,linear,autograd,opinfo}.py
+    tests/test_{build,spmm,conv2d,linear,autograd,opinfo,program}.py
 done
