@@ -14,6 +14,7 @@ class DepthwiseRunner {
 
   // Before runs of as many rows.
   void prepare(int64_t rows);
+  bool prepared(int64_t rows) const { return emitted_.count(rows) > 0; }
   // x: the first tap of the first output of channel `first`. y: that output. zeros: floats behind a row.
   void run(const float* x, float* y, int64_t first, int64_t last, int64_t rows, int64_t zeros) const;
   std::string name() const;

@@ -27,13 +27,18 @@ class DepthwiseStep : public Step {
  public:
   explicit DepthwiseStep(DepthwiseSpec s) : s_(std::move(s)), runner_(s_, s_.emitted) {
     if (s_.x.pad < std::max(s_.top, s_.left)) throw std::invalid_argument("depthwise: too few zeros around x");
-    runner_.prepare(s_.y.rows);
+    for (int64_t rows : {s_.y.rows, s_.y.rows / 2, (s_.y.rows + 1) / 2}) runner_.prepare(rows);
   }
+  // Two threads take rows of the picture each, as those of the products around do.
   void run(const Pass& pass, int64_t part, int64_t parts) const override {
     const auto [first, last] = share(s_.y.channels, part, parts);
     const int64_t corner = (s_.top * s_.x.pitch + s_.left) * s_.x.pixel;
-    runner_.run(pass.at(s_.x) + first * s_.x.channel - corner, pass.at(s_.y) + first * s_.y.channel, first, last,
-                s_.y.rows, s_.y.zeros());
+    const float* x = pass.at(s_.x) - corner;
+    if (const auto [row, end] = share(s_.y.rows, part, parts); parts == 2 && row < end && runner_.prepared(end - row))
+      runner_.run(x + row * s_.stride_h * s_.x.pitch * s_.x.pixel, pass.at(s_.y) + row * s_.y.pitch * s_.y.pixel, 0,
+                  s_.y.channels, end - row, s_.y.zeros());
+    else
+      runner_.run(x + first * s_.x.channel, pass.at(s_.y) + first * s_.y.channel, first, last, s_.y.rows, s_.y.zeros());
     zero_around(pass, s_.y, written(s_.y), first, last);
   }
   std::string kernel() const override { return runner_.name(); }

@@ -47,16 +47,22 @@ float* scratch_floats(ScratchSlot slot, int64_t floats) {
   return m->data();
 }
 
-// Threads claim the parts of a step, their own one first: what it reads is then often still in their
-// caches. Whoever comes late, or never, is not waited for: the others do its part. So nothing here
-// depends on how many threads really run.
+// Each thread does its own part of a step and waits for the others'. Nothing depends on how many threads
+// really run: whoever has waited long for a part that nobody has begun does it.
+//
+// A line of memory that one core writes and another reads may take half a microsecond between them, so
+// the lines are few: a part's `claimed` is hardly touched by others, and `done` is written once per step.
 struct Program::Shared {
-  struct Counter {
-    alignas(64) std::atomic<int64_t> done{0};
+  struct Line {
+    alignas(64) std::atomic<int64_t> steps{0};
   };
-  Shared(size_t steps, int64_t parts) : counters(steps), claimed(steps * parts) {}
-  std::vector<Counter> counters;
-  std::vector<std::atomic<bool>> claimed;
+  explicit Shared(int64_t parts) : claimed(parts), done(parts) {}
+  // The right to do part `part` of step `step`, to one who asks.
+  bool claim(int64_t part, int64_t step) {
+    int64_t next = step;
+    return claimed[part].steps.compare_exchange_strong(next, step + 1, std::memory_order_acq_rel);
+  }
+  std::vector<Line> claimed, done;
 };
 
 Program::Program(int64_t images, int64_t arena, std::vector<int64_t> apart, std::vector<StepPtr> steps)
@@ -97,18 +103,26 @@ void Program::alone(const Pass& pass, std::vector<double>* times) const {
 }
 
 void Program::together(const Pass& pass, int64_t threads, const ParallelFor& parallel) const {
-  Shared shared(steps_.size(), threads);
-  parallel(threads, [&](int64_t own, int64_t) {
-    for (size_t i = 0; i < steps_.size(); ++i) {
-      auto& counter = shared.counters[i];
-      for (int64_t n = 0; n < threads; ++n) {
-        const int64_t part = (own + n) % threads;
-        if (shared.claimed[i * threads + part].exchange(true, std::memory_order_relaxed)) continue;
-        steps_[i]->run(pass, part, threads);
-        counter.done.fetch_add(1, std::memory_order_acq_rel);
-      }
-      for (int64_t spins = 0; counter.done.load(std::memory_order_acquire) < threads; ++spins)
-        if (spins > 20000) std::this_thread::yield();
+  constexpr int64_t kPatience = 1 << 13, kAbsent = 1 << 6;  // looks at a part that nobody has begun
+  Shared shared(threads);
+  const auto work = [&](int64_t step, int64_t part) {
+    if (!shared.claim(part, step)) return false;
+    steps_[step]->run(pass, part, threads);
+    shared.done[part].steps.store(step + 1, std::memory_order_release);
+    return true;
+  };
+  parallel(threads, [&](int64_t own, int64_t end) {
+    std::vector<int64_t> patience(threads, kPatience);
+    for (int64_t step = 0; step < static_cast<int64_t>(steps_.size()); ++step) {
+      for (int64_t part = own; part < end; ++part) work(step, part);
+      for (int64_t part = 0; part < threads; ++part)
+        for (int64_t looks = 1; shared.done[part].steps.load(std::memory_order_acquire) <= step; ++looks) {
+          if (looks % patience[part]) continue;
+          if (work(step, part))
+            patience[part] = kAbsent;
+          else
+            std::this_thread::yield();
+        }
     }
   });
 }
