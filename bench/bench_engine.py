@@ -85,8 +85,7 @@ def dead_contests(networks: Iterable[tuple[str, int]] = DEAD_NETWORKS) -> Iterat
 def dead_contest(network: str, size: int, sparsity: float = DEAD_SPARSITY) -> Contest:
     """The engine with dead channels taken out, against the engine that computes them all.
 
-    Results are compared with float64: where channels are constant, a BatchNorm that divides by
-    almost nothing magnifies what float32 rounds in torch.
+    The row has each one's largest error against float64, too.
     """
     with tempfile.TemporaryDirectory() as folder:
         case = models.make(network, sparsity, Path(folder), size=size, exclude=())

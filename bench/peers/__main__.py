@@ -93,6 +93,9 @@ def run(options: argparse.Namespace) -> dict:
     held = session.Session(options)
     held.document["settings"] |= {"seconds": options.seconds, "reference": catalogue.REFERENCE}
     held.document["settings"]["dense_isa"] = options.isa or "best"  # of the workers
+    if options.isa:
+        reasons += [f"{p.name}: --isa {options.isa} is without it" for p in peers if p.cpu_flags]
+        peers = [peer for peer in peers if not peer.cpu_flags]
     for reason in reasons:
         held.note(f"left out: {reason}")
     how = {"threads": options.threads, "rounds": options.rounds, "seconds": options.seconds}

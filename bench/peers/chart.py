@@ -11,7 +11,7 @@ from bench.peers import summary
 
 # Pixels.
 _WIDTH, _LEFT, _RIGHT = 860, 262, 48
-_TOP, _ROW, _GROUP, _BOTTOM = 84, 23, 30, 34
+_TOP, _ROW, _GROUP, _BOTTOM, _LEGEND = 84, 23, 30, 34, 22
 _FONT = 'system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif'
 _PAPER, _INK, _GREY, _GRID = "#fcfdfe", "#1c2430", "#6b7686", "#e3e7ec"
 _OURS = "#1f5fa8"
@@ -41,7 +41,9 @@ def draw(rows: Iterable[Mapping], reference: str) -> str:
         raise ValueError(f"no comparison with {reference} to draw")
     names = [n for n in summary.peer_names(rows) if n != reference and n not in summary.OURS]
     groups = [(name, list(found)) for name, found in groupby(rows, summary.setting)]
-    height = _TOP + len(groups) * _GROUP + len(rows) * _ROW + _BOTTOM
+    legend, lines = _legend(names)
+    y = top = _TOP + (lines - 1) * _LEGEND
+    height = top + len(groups) * _GROUP + len(rows) * _ROW + _BOTTOM
     ratios = [r["ratio"] for row in rows for n, r in summary.peer_rows(row).items()]
     axis = _Axis(min(ratios), max(ratios))
     title = f"Times as fast as {reference}, batch 1 unless said"
@@ -51,10 +53,9 @@ def draw(rows: Iterable[Mapping], reference: str) -> str:
         f"<title>{escape(title)}</title>",
         f'<rect width="{_WIDTH}" height="{height}" rx="10" fill="{_PAPER}"/>',
         _text(24, 34, title, 17, weight=600),
-        *_legend(names),
-        *axis.lines(_TOP, height - _BOTTOM),
+        *legend,
+        *axis.lines(top, height - _BOTTOM),
     ]
-    y = _TOP
     for name, found in groups:
         y += _GROUP
         parts.append(_text(24, y - 9, name, 12.5, weight=600))
@@ -84,13 +85,18 @@ class _Axis:
         return parts
 
 
-def _legend(names: Sequence[str]) -> list[str]:
-    x, parts = 30, [_dot(30, 58, 5.5), _text(41, 62.3, "dass", 12.5)]
-    x += 60
+def _legend(names: Sequence[str]) -> tuple[list[str], int]:
+    """Its marks and words, and how many lines they take."""
+    parts = [_dot(30, 58, 5.5), _text(41, 62.3, "dass", 12.5)]
+    x, line = 90, 0
     for i, name in enumerate(names):
-        parts += [_mark(i, x, 58), _text(x + 10, 62.3, name, 12.5)]
-        x += 34 + round(7.1 * len(name))
-    return parts
+        width = 34 + round(7.1 * len(name))
+        if x + width > _WIDTH:
+            x, line = 30, line + 1
+        y = 58 + line * _LEGEND
+        parts += [_mark(i, x, y), _text(x + 10, round(y + 4.3, 1), name, 12.5)]
+        x += width
+    return parts, line + 1
 
 
 def _line(row: Mapping, names: Sequence[str], axis: _Axis, y: float) -> list[str]:
@@ -104,7 +110,8 @@ def _line(row: Mapping, names: Sequence[str], axis: _Axis, y: float) -> list[str
     parts += [
         _mark(i, axis.x(found[name]["ratio"]), y) for i, name in enumerate(names) if name in found
     ]
-    return [*parts, _dot(end, y, 5.5), _text(end + 11, y + 4.3, f"{mine['ratio']:.1f}", 12.5)]
+    free = 11 + max(axis.x(peer["ratio"]) for peer in found.values())
+    return [*parts, _dot(end, y, 5.5), _text(free, y + 4.3, f"{mine['ratio']:.1f}", 12.5)]
 
 
 def _mark(i: int, x: float, y: float) -> str:
