@@ -52,7 +52,7 @@ test-asan: $(VENV)/.built
 	rm -rf $(ASAN_TREE)/dass $(ASAN_TREE)/dass_kernels $(ASAN_TREE)/tests
 	CXX=g++ DASS_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(ASAN_TREE)
 	cp -r tests pyproject.toml $(ASAN_TREE)
-	cd $(ASAN_TREE) && PYTHONPATH=. PYTHONMALLOC=malloc \
+	cd $(ASAN_TREE) && PYTHONPATH=.:$(CURDIR) PYTHONMALLOC=malloc \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/python -m pytest -m "not slow" --capture=sys -p no:faulthandler \
