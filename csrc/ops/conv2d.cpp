@@ -8,9 +8,9 @@
 namespace dass {
 namespace {
 
-// The same, and it is that of the pattern.
-Shape read_spec(const std::vector<int64_t>& spec, int64_t n, int64_t c, int64_t h, int64_t w, const Pattern& p,
-                const char* op) {
+// The geometry of a spec that fits the pattern.
+Shape shape_of(const std::vector<int64_t>& spec, int64_t n, int64_t c, int64_t h, int64_t w, const Pattern& p,
+               const char* op) {
   const Shape s = read_spec(spec, n, c, h, w, op);
   STD_TORCH_CHECK(s.o == p.outputs && s.kh * s.kw == p.taps, op, ": the pattern is of ", p.outputs, " outputs and ",
                   p.taps, " taps, the spec of ", s.o, " outputs and ", s.kh, " x ", s.kw, " taps");
@@ -28,7 +28,7 @@ Tensor conv2d(const Tensor& x, const Tensor& values, const Tensor& pattern, cons
   check_4d(x, op, "input");
   check_values(values, p, dtype, op);
   check_bias(bias, p, dtype, op);
-  const Shape s = read_spec(spec, x.size(0), x.size(1), x.size(2), x.size(3), p, op);
+  const Shape s = shape_of(spec, x.size(0), x.size(1), x.size(2), x.size(3), p, op);
   const Activation act = check_activation(spec[kSpecActivation], op);
   const Tensor xc = dense(x), vc = dense(values);
   std::optional<Tensor> bc, rc;
@@ -57,7 +57,7 @@ Tensor conv2d_lanes(const Tensor& x, const Tensor& values, const Tensor& pattern
   STD_TORCH_CHECK(x.dim() == 5 && x.stride(4) == 1 && x.stride(3) == x.size(4) && x.stride(2) == x.size(3) * x.size(4),
                   op, ": input must be (N, C, H, W, lanes) with contiguous planes");
   STD_TORCH_CHECK(x.stride(1) % x.size(4) == 0, op, ": input must be whole registers from channel to channel");
-  const Shape s = read_spec(spec, x.size(0), x.size(1), x.size(2), x.size(3), p, op);
+  const Shape s = shape_of(spec, x.size(0), x.size(1), x.size(2), x.size(3), p, op);
   STD_TORCH_CHECK(s.sh == 1 && s.sw == 1, op, ": stride must be 1");
   STD_TORCH_CHECK(s.pt == 0 && s.pl == 0 && spec[kSpecPadBottom] == 0 && spec[kSpecPadRight] == 0, op,
                   ": padding part of the input, so 0 here");
@@ -86,7 +86,7 @@ Tensor conv2d_dx(const Tensor& grad, const Tensor& values, const Tensor& pattern
   const ScalarType dtype = grad.scalar_type();
   check_4d(grad, op, "grad");
   check_values(values, p, dtype, op);
-  const Shape s = read_spec(spec, grad.size(0), c, h, w, p, op);
+  const Shape s = shape_of(spec, grad.size(0), c, h, w, p, op);
   check_grad(grad, s, op);
   const Tensor gc = dense(grad), vc = dense(values);
   Tensor dx = new_output(grad, {s.n, s.c, s.h, s.w});
@@ -106,7 +106,7 @@ Tensor conv2d_dw(const Tensor& grad, const Tensor& x, const Tensor& pattern, std
   check_4d(x, op, "input");
   check_float(grad, dtype, op, "grad");
   STD_TORCH_CHECK(count == p.value_count(), op, ": count must be ", p.value_count(), ", got ", count);
-  const Shape s = read_spec(spec, x.size(0), x.size(1), x.size(2), x.size(3), p, op);
+  const Shape s = shape_of(spec, x.size(0), x.size(1), x.size(2), x.size(3), p, op);
   check_grad(grad, s, op);
   const Tensor gc = dense(grad), xc = dense(x);
   Tensor dv = torch::stable::new_zeros(x, {count});

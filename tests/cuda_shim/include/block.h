@@ -241,7 +241,7 @@ class Block {
 
   // Nobody can run: one thread of each kind of waiting, and one that has left.
   std::string stuck() const {
-    std::string text = "divergent barrier: ";
+    std::string text = "divergent barrier or warp operation: ";
     bool told[4] = {};
     for (int i = 0; i < count_; ++i) {
       bool& seen = told[static_cast<int>(threads_[i]->state)];
