@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
+import torch
 from cuda_shim import build, matrix
+
+from dass_kernels import cuda_library
 
 NVCC = matrix.find_nvcc()
 needs_nvcc = pytest.mark.skipif(
@@ -62,3 +70,70 @@ def test_the_report_of_ptxas_is_read():
         matrix.Usage("spmm_csr_window", "f16", "80", 90, 19968, 28),
         matrix.Usage("scan", "-", "80", 14, 0, 0),
     ]
+
+
+LIBRARY = cuda_library.path()
+needs_library = pytest.mark.skipif(LIBRARY is None, reason="this dass was built without CUDA")
+
+
+def test_a_missing_gpu_is_said_in_words():
+    """One message for each thing that may be missing, and no library opened to find out."""
+    if cuda_library.unavailable() is None:
+        pytest.skip("nothing is missing here")
+    with pytest.raises(RuntimeError, match=r"dass_kernels cannot run on CUDA: .{20,}"):
+        cuda_library.load()
+
+
+@pytest.mark.parametrize(
+    ("built", "version", "present", "capability", "message"),
+    [
+        (False, "13.0", True, (9, 0), "built without CUDA: install it from source with DASS_CUDA"),
+        (True, None, True, (9, 0), "torch .* was built without CUDA"),
+        (True, "13.0", False, (9, 0), "no NVIDIA driver, or no GPU"),
+        (True, "13.0", True, (7, 5), "compute capability 7.5; 8.0 or newer is needed"),
+        (True, "13.0", True, (8, 0), None),
+        (True, "13.0", True, (12, 1), None),
+    ],
+)
+def test_what_is_missing(monkeypatch, tmp_path, built, version, present, capability, message):
+    monkeypatch.setattr(cuda_library, "path", lambda: tmp_path if built else None)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: present)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    said = cuda_library.unavailable()
+    assert said is None if message is None else re.search(message, said)
+
+
+def test_importing_does_not_open_the_library():
+    code = "import dass_kernels, sys; print('_cuda' in open('/proc/self/maps').read())"
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("reads the maps of a Linux process")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@needs_library
+def test_the_library_opens_without_a_driver_and_registers_its_kernels():
+    cuda_library.register()
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    for op in ("conv2d", "conv2d_dx", "conv2d_dw", "linear", "linear_dx", "linear_dw"):
+        assert has(f"dass::{op}", "CUDA"), op
+    assert has("dass::build_pattern", "CUDA")
+    assert cuda_library.architectures() == list(matrix.ARCHS)
+
+
+def undefined_symbols(path) -> set[str]:
+    """Names the loader must find elsewhere, without their versions."""
+    listed = subprocess.check_output(["nm", "-D", "--undefined-only", str(path)], text=True)
+    return {line.split()[-1].split("@")[0] for line in listed.splitlines()}
+
+
+@needs_library
+def test_only_the_stable_interface_of_torch_is_used():
+    """C functions alone, which torch keeps: no C++ name of at::, c10:: or torch::."""
+    names = undefined_symbols(LIBRARY)
+    of_torch = {n for n in names if "torch" in n or "c10" in n or re.match(r"_ZNK?2at", n)}
+    assert of_torch
+    assert {n for n in of_torch if not re.fullmatch(r"(aoti_torch|torch)_[a-z0-9_]+", n)} == set()
+    assert not {n for n in names if n.startswith("cuda")}, "the CUDA runtime is linked in"

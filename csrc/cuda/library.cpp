@@ -4,6 +4,9 @@
 
 #include "ops.h"
 
+// Compute capabilities there is machine code for, as "80 86 ...".
+extern "C" __attribute__((visibility("default"))) const char* dass_cuda_archs() { return DASS_CUDA_ARCHS; }
+
 STABLE_TORCH_LIBRARY_FRAGMENT(dass, m) { m.def("build_pattern(Tensor mask, int groups) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(dass, CUDA, m) {

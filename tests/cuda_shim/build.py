@@ -16,7 +16,7 @@ ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "cuda_shim"
 TORCH = Path(torch.__file__).resolve().parent
 
-FLAGS = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-psabi", f"-I{HERE / 'include'}", f"-I{ROOT / 'csrc'}"]
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
