@@ -239,6 +239,13 @@ def test_the_kernels_under_sanitizers():
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+@pytest.mark.slow
+def test_the_sanitizer_watches_tensors_too():
+    """A read one element behind a tensor of torch's ends the process."""
+    done = gates.run_sanitized(0, "--overrun")
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-3000:]
+
+
 def test_strided_arguments(ops):
     """What is not contiguous is copied first, as on the processor."""
     x, values, pattern, spec = _conv_arguments()

@@ -14,6 +14,9 @@ import sys
 
 import torch
 
+import dass_kernels as dk
+from dass_kernels import formats
+
 from . import build, cases, matrix
 
 ORDERS = 20  # random orders of fibers per case, behind the slow marker
@@ -54,7 +57,7 @@ def run_packing(emulator: build.Emulator, orders: int) -> tuple[int, int]:
     passed = 0
     for case in cases.CASES:
         mask = cases.mask_of(case)
-        want = cases.formats.build_pattern(mask, "csr", case.groups)
+        want = formats.build_pattern(mask, "csr", case.groups)
         right = True
         for seed in range(orders + 1):
             emulator.seed(seed)
@@ -64,12 +67,28 @@ def run_packing(emulator: build.Emulator, orders: int) -> tuple[int, int]:
     return passed, len(cases.CASES)
 
 
-def run_sanitized(orders: int) -> subprocess.CompletedProcess:
+def overrun(emulator: build.Emulator) -> None:
+    """Reads past the end of values: a permutation that names an element which is not there."""
+    packed = dk.pack(torch.ones(4, 6))
+    pattern = packed.pattern.clone()
+    pattern[int(pattern[formats._PERM])] = len(packed.values)
+    emulator.ops.linear_dx(torch.ones(2, 4), packed.values, pattern, 6)
+
+
+def run_sanitized(orders: int, *more: str) -> subprocess.CompletedProcess:
     """This file's cases in a Python with AddressSanitizer, on a library built with it."""
     build.ops_library(sanitize=True)
     environment = {**os.environ, **build.sanitizer_environment()}
     environment["PYTHONPATH"] = os.pathsep.join([str(build.ROOT), str(build.HERE.parent)])
-    command = [sys.executable, "-m", "cuda_shim.gates", "--only-cases", "--orders", str(orders)]
+    command = [
+        sys.executable,
+        "-m",
+        "cuda_shim.gates",
+        "--only-cases",
+        "--orders",
+        str(orders),
+        *more,
+    ]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
@@ -124,9 +143,12 @@ def main() -> int:
     parser.add_argument("--orders", type=int, default=ORDERS, help="random orders per case")
     parser.add_argument("--archs", default=",".join(matrix.ARCHS), help="for nvcc")
     parser.add_argument("--only-cases", action="store_true", help="sanitized cases, no table")
+    parser.add_argument("--overrun", action="store_true", help="first read out of bounds")
     options = parser.parse_args()
     if options.only_cases:
         emulator = build.Emulator(build.ops_library(sanitize=True))
+        if options.overrun:
+            overrun(emulator)
         ran = [*run_cases(emulator, options.orders).values(), run_packing(emulator, options.orders)]
         print(ran)
         return int(any(good != total for good, total in ran))
