@@ -12,15 +12,15 @@ ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-CHECKED_CXX := $(CXX_FILES) $(shell find tests/native -name '*.h' -o -name '*.cpp')
+CHECKED_CXX := $(CXX_FILES) $(shell find tests/native tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 ASAN_TREE := build/asan-tree
 KERNEL_CHECKS := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DCMAKE_BUILD_TYPE=None \
   -DDASS_KERNEL_CHECKS=ON -S .
 
-.PHONY: help install demo test test-full test-asan test-native test-neon bench lint fmt clean
+.PHONY: help install demo test test-full test-asan test-native test-neon gates bench lint fmt clean
 
 help:
-	@echo "make demo | test | test-full | test-asan | test-native | test-neon | bench | lint | fmt | install | clean"
+	@echo "make demo | test | test-full | test-asan | test-native | test-neon | gates | bench | lint | fmt | install | clean"
 
 # The environment: torch first, so that nothing else chooses it.
 $(VENV)/.tools: requirements-dev.txt
@@ -73,6 +73,10 @@ test-neon: $(VENV)/.tools
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 	$(BIN)/cmake --build build/neon
 	qemu-aarch64 -cpu cortex-a53 build/neon/check_kernels $(ARGS)
+
+# The CUDA kernels without a GPU: emulated by the processor, and compiled where nvcc is found.
+gates: $(VENV)/.built
+	cd tests && PYTHONPATH=$(CURDIR) $(BIN)/python -m cuda_shim.gates $(ARGS)
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench $(ARGS)

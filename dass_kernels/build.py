@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import _C
+from . import _C, cuda_library
 
 
 def available_isas() -> list[str]:
@@ -30,7 +30,7 @@ def build_info() -> dict:
         "version": _C.__version__,
         "isas": available_isas(),
         "active_isa": active_isa(),
-        "cuda_archs": [],
+        "cuda_archs": cuda_library.architectures(),
         "torch_built": _C.built_torch,
         "kernels": {isa: len(_C.kernel_table(isa)) for isa in available_isas()},
     }
