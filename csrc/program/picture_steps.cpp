@@ -27,7 +27,8 @@ class DepthwiseStep : public Step {
  public:
   explicit DepthwiseStep(DepthwiseSpec s) : s_(std::move(s)), runner_(s_, s_.emitted) {
     if (s_.x.pad < std::max(s_.top, s_.left)) throw std::invalid_argument("depthwise: too few zeros around x");
-    for (int64_t rows : {s_.y.rows, s_.y.rows / 2, (s_.y.rows + 1) / 2}) runner_.prepare(rows);
+    for (int64_t rows : {s_.y.rows, s_.y.rows / 2, (s_.y.rows + 1) / 2})
+      if (rows > 0) runner_.prepare(rows);
   }
   // Two threads take rows of the picture each, as those of the products around do.
   void run(const Pass& pass, int64_t part, int64_t parts) const override {
