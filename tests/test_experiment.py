@@ -25,6 +25,7 @@ from dass.sources import count_weights
 
 TINY = Protocol(
     data="digits",
+    size=16,
     images=96,
     held_out=48,
     epochs=(1, 1, 2),
@@ -33,7 +34,6 @@ TINY = Protocol(
     layers=3,
     seeds=(0,),
     sparsities=(0.9,),
-    search_images=32,
     search_channels=2,
     search_epochs=(1, 1, 1),
 )

@@ -18,7 +18,7 @@ class Protocol:
     """Data, training, sizes and searches.
 
     Args:
-        data: as in :func:`dass.data.load`.
+        data, size: as in :func:`dass.data.load`; size is height and width in pixels.
         images, held_out: of the training set, stratified by class; disjoint.
         split_seed: of that choice, the same for all rows.
         epochs, lr: of pre-training, of learning masks, of fine-tuning (HYDRA).
@@ -27,16 +27,17 @@ class Protocol:
         layers: cells of a network of cells.
         seeds, sparsities: of the rows, in order.
         core_hours: no row or search is started once so much has been used, in CPU time.
-        search_images, search_channels, search_epochs: of a search, in the training images.
+        search_channels, search_epochs: of a search, which uses all training images.
         time_weight, nonzero_weight: prices of the two searches that have one.
         density_factors: densities that the third search chooses from, over that of the row.
     """
 
     data: str = "cifar10"
+    size: int = 16
     images: int = 8_000
     held_out: int = 2_000
     split_seed: int = 0
-    epochs: tuple[int, int, int] = (3, 2, 6)
+    epochs: tuple[int, int, int] = (6, 2, 12)
     lr: tuple[float, float, float] = (0.05, 0.1, 0.1)
     batch_size: int = 32
     weight_decay: float = 3e-4
@@ -47,7 +48,6 @@ class Protocol:
     seeds: tuple[int, ...] = (0, 1, 2)
     sparsities: tuple[float, ...] = (0.99, 0.95)
     core_hours: float = 24.0
-    search_images: int = 4_000
     search_channels: int = 8
     search_epochs: tuple[int, int, int] = (4, 2, 8)
     time_weight: float = 0.1
@@ -56,7 +56,7 @@ class Protocol:
 
     def training(self) -> tuple[ImageDataset, ImageDataset]:
         """(training images, held-out images), both of the training set."""
-        whole = load_data(self.data, train=True)
+        whole = load_data(self.data, train=True, size=self.size)
         if self.data == "cifar10" and whole.name != "cifar10":
             raise SystemExit("CIFAR-10 is not to be had: see dass.data.load")
         both = whole.subset(self.images + self.held_out, self.split_seed)
@@ -64,7 +64,7 @@ class Protocol:
 
     def test(self) -> ImageDataset:
         """The whole test set."""
-        return load_data(self.data, train=False)
+        return load_data(self.data, train=False, size=self.size)
 
     def recipe(self, seed: int) -> Recipe:
         """The three trainings of a row."""
@@ -84,6 +84,7 @@ class Protocol:
         density = round(1 - sparsity, 6)
         config = SearchConfig(
             dataset=self.data,
+            size=self.size,
             density=density,
             channels=self.search_channels,
             layers=self.layers,

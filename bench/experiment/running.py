@@ -191,6 +191,7 @@ class _Training:
 # What of the protocol decides the dense training, beside its epochs and its learning rate.
 _DENSE_SETTINGS = (
     "data",
+    "size",
     "images",
     "held_out",
     "split_seed",
@@ -211,9 +212,10 @@ def _search(
     settings = {**asdict(config), "latency_table": kind == "time", "images": len(training)}
     run = RunFolder(runs / f"search-{row.search_label}", settings)
     clock = Clock(run.path)
-    images = training.subset(protocol.search_images, protocol.split_seed)
     with Display({"search": 1.0}, console) as display, display.stage("search") as tell:
-        found = searched(config, images, run.path / "search.pt", tell, lambda history: clock.note())
+        found = searched(
+            config, training, run.path / "search.pt", tell, lambda history: clock.note()
+        )
         last = found["history"][-1]
         display.say(f"  {row.search_label} searched: {last['entropy']:.3f} nats of the alphas")
     facts = machine_facts()

@@ -2,8 +2,8 @@
 
 Each network is timed in one process in turn with dense MobileNet-v2 of the protocol's width in
 torch's fastest form, so that a ratio is taken within rounds: by `dass.sparsify` (eager, layers
-swapped), by `dass.compile` (the engine), and dense. Where there is a table of times (``latency
---table``) and the network is made of cells, what the table predicts for sparsify stands beside it.
+swapped), by `dass.compile` (the engine), and dense. For networks of cells what a table of the times
+of their blocks predicts for sparsify stands beside it; what it lacks is measured on the way.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ __all__ = ["fill", "time_row"]
 
 _IMAGE = (3, 32, 32)
 _TOLERANCE = 1e-3
+_PREDICTIONS = "predictions-table.json"  # times of the blocks of these networks
+_CALIBRATION_CHANNELS = 64  # those of the networks at hand are 55 to 85
 
 
 def fill(protocol: Protocol, runs: Path, console: Console) -> Path:
     """Measures the table that one of the searches prices time with; what is there is kept."""
-    path = runs / TABLE
-    fill_table(protocol.search("paper", protocol.sparsities[0]), _IMAGE, path, 1, console)
+    path, image = runs / TABLE, (3, protocol.size, protocol.size)
+    fill_table(protocol.search("paper", protocol.sparsities[0]), image, path, 1, console)
     return path
 
 
@@ -103,7 +105,12 @@ def _check(what: str, function: Callable, want: torch.Tensor) -> None:
 
 
 def _predicted(network: nn.Module, row: Row, runs: Path) -> float | None:
-    path = runs / TABLE
-    if not isinstance(network, CellNetwork) or not path.exists():
+    if not isinstance(network, CellNetwork):
         return None
-    return LatencyTable.load(path).predict_us(network, 1 - row.sparsity, _IMAGE)
+    path = runs / _PREDICTIONS
+    table = LatencyTable.load(path)
+    if not table.rows:
+        table.calibrate(_CALIBRATION_CHANNELS, len(network.cells), 1 - row.sparsity, _IMAGE)
+    predicted = table.predict_us(network, 1 - row.sparsity, _IMAGE)
+    table.save(path)
+    return predicted
