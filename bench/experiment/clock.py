@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dass.report import write_text
@@ -32,6 +33,10 @@ class Clock:
         """Writes the seconds, and returns them."""
         write_text(self.path, json.dumps({"cpu_seconds": self.seconds}) + "\n")
         return self.seconds
+
+    def on_epoch(self, history: Sequence[Mapping]) -> None:
+        """For :func:`dass.training.train` and :func:`dass.search`."""
+        self.note()
 
 
 def used_hours(runs: Path) -> float:

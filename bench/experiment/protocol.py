@@ -37,7 +37,7 @@ class Protocol:
     images: int = 8_000
     held_out: int = 2_000
     split_seed: int = 0
-    epochs: tuple[int, int, int] = (6, 2, 12)
+    epochs: tuple[int, int, int] = (5, 2, 10)
     lr: tuple[float, float, float] = (0.05, 0.1, 0.1)
     batch_size: int = 32
     weight_decay: float = 3e-4

@@ -183,7 +183,7 @@ class _Training:
             self.training,
             checkpoint=checkpoint,
             on_step=on_step,
-            on_epoch=lambda history: clock.note(),
+            on_epoch=clock.on_epoch,
         )
         return done.history
 
