@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -166,6 +165,9 @@ def test_rows_of_one_network_share_its_dense_training(folders, console):
     both = [read(Row(name, 0.9, 0).file(results)) for name in (BASELINE, "mobilenet_v2_erk")]
     assert both[0]["stages"][0] == both[1]["stages"][0]
     assert both[0]["weights_sha256"] != both[1]["weights_sha256"]
+    network = running.trained(Row("mobilenet_v2_erk", 0.9, 0), runs)
+    assert running.fingerprint(network) == both[1]["weights_sha256"]
+    assert not network.training
 
 
 def test_a_searched_system_and_the_later_steps(folders, capsys):
@@ -280,15 +282,3 @@ def test_a_document_without_markers_is_an_error(filled):
     document.write_text("no markers")
     with pytest.raises(ValueError, match="begin cost"):
         summary.write_document(results, document, PROTOCOL)
-
-
-def test_a_network_that_was_trained_comes_back(folders, console):
-    runs, results = folders
-    row = Row("mobilenet_v2_exempt", 0.9, 0)
-    protocol = replace(TINY, width=0.5)
-    found = running.run_row(row, protocol, runs, results, console)
-    network = running.trained(row, runs)
-    assert running.fingerprint(network) == found["weights_sha256"]
-    assert not network.training
-    images = torch.randn(2, 3, 32, 32)
-    assert network(images).shape == (2, 10)

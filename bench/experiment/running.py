@@ -213,9 +213,7 @@ def _search(
     run = RunFolder(runs / f"search-{row.search_label}", settings)
     clock = Clock(run.path)
     with Display({"search": 1.0}, console) as display, display.stage("search") as tell:
-        found = searched(
-            config, training, run.path / "search.pt", tell, lambda history: clock.note()
-        )
+        found = searched(config, training, run.path / "search.pt", tell, clock.on_epoch)
         last = found["history"][-1]
         display.say(f"  {row.search_label} searched: {last['entropy']:.3f} nats of the alphas")
     facts = machine_facts()
