@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 pytest.importorskip("bench.experiment", reason="the benchmarks are not part of this tree")
 
 from bench.experiment import __main__ as command
-from bench.experiment import running, sizing, summary
+from bench.experiment import running, sizing, summary, timing
 from bench.experiment.clock import Clock, used_hours
 from bench.experiment.protocol import PROTOCOL, Protocol
 from bench.experiment.rows import Row, read, rows, write
@@ -257,6 +257,7 @@ def test_the_tables_say_what_the_files_hold(filled):
     assert "220.0" not in text and "1.10 (1)" in text and "50.0 (1)" in text
     assert re.search(r"\| +\+2.00 \|", text) and re.search(r"\| +-2.00 \|", text)
     assert "No row is finished yet." in text
+    assert "median error 10%" in text
     assert "searches: 0.6 hours" in text  # 6 trainings of 6 minutes
     assert (document.parent / "results-99.svg").stat().st_size > 1000
 
@@ -282,3 +283,19 @@ def test_a_document_without_markers_is_an_error(filled):
     document.write_text("no markers")
     with pytest.raises(ValueError, match="begin cost"):
         summary.write_document(results, document, PROTOCOL)
+
+
+@pytest.mark.slow
+def test_a_row_is_timed(folders, console, monkeypatch):
+    runs, results = folders
+    monkeypatch.setattr(timing, "_CALIBRATION_CHANNELS", 4)
+    row = Row("dass_99", 0.9, 0)
+    running.run_row(row, TINY, runs, results, console)
+    timing.time_row(row, TINY, runs, results, seconds=0.01)
+    found = read(row.file(results, "latency"))
+    assert {"sparsify", "compile", found["dense"], found["baseline"]} <= found["times"].keys()
+    assert all(time["median_us"] > 0 for time in found["times"].values())
+    assert found["predicted_us"] > 0
+    (timed,) = summary.standings(results, TINY, 0.9)
+    assert timed.us("compile") == [found["times"]["compile"]["median_us"]]
+    assert SYSTEMS["dass_99"].title in summary.latency_table([timed])

@@ -13,7 +13,7 @@ from bench.experiment.protocol import PROTOCOL, Protocol
 from bench.experiment.rows import RESULTS, Row, read, rows, write
 from dass import timing as clocks
 from dass.session import session
-from dass.training import evaluate
+from dass.training import TrainingError, evaluate
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "results.md"
 
@@ -77,8 +77,8 @@ def run(options: argparse.Namespace, protocol: Protocol) -> None:
                 return
             try:
                 running.run_row(row, protocol, options.runs, options.results, console)
-            except running.Blocked as reason:
-                console.print(f"passed over {reason}")
+            except (running.Blocked, TrainingError) as reason:
+                console.print(f"passed over {row.label}: {reason}")
                 continue
             if options.commit:
                 commit(row, options.results)
@@ -86,7 +86,8 @@ def run(options: argparse.Namespace, protocol: Protocol) -> None:
 
 def commit(row: Row, results: Path) -> None:
     """What a row has written, and nothing else that is staged."""
-    files = [f for f in (row.file(results), row.search_file(results)) if f.exists()]
+    files = [row.file(results).resolve(), row.search_file(results).resolve()]
+    files = [file for file in files if file.exists()]
     for command in (["add"], ["commit", "-q", "-m", f"Result: {row.label}"]):
         subprocess.run(["git", *command, "--", *map(str, files)], cwd=results, check=True)
 
@@ -114,7 +115,7 @@ def test(options: argparse.Namespace, protocol: Protocol) -> None:
 
 def waits_for(row: Row, options: argparse.Namespace, kind: str) -> bool:
     """Whether a row was trained in this folder of runs and has no file of that kind."""
-    there = row.file(options.results).exists() and (options.runs / row.label).exists()
+    there = row.file(options.results).exists() and running.is_trained(row, options.runs)
     return there and not row.file(options.results, kind).exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, replace
 
 from dass.images import ImageDataset
@@ -54,6 +55,7 @@ class Protocol:
     nonzero_weight: float = 0.1
     density_factors: tuple[float, ...] = (5.0, 1.0, 0.2)
 
+    @functools.lru_cache(1)  # noqa: B019 - the rows of a run share it
     def training(self) -> tuple[ImageDataset, ImageDataset]:
         """(training images, held-out images), both of the training set."""
         whole = load_data(self.data, train=True, size=self.size)

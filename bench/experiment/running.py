@@ -35,7 +35,7 @@ from dass.sources import build_network
 from dass.timing import machine_facts
 from dass.training import Progress, evaluate
 
-__all__ = ["FACTS", "TABLE", "Blocked", "run_row", "trained"]
+__all__ = ["FACTS", "TABLE", "Blocked", "is_trained", "run_row", "trained"]
 
 FACTS = (
     "cpu",
@@ -82,6 +82,11 @@ def trained(row: Row, runs: Path) -> nn.Module:
         FileNotFoundError: it was trained in another folder, or not at all.
     """
     return load(runs / row.label / _FINAL).eval()
+
+
+def is_trained(row: Row, runs: Path) -> bool:
+    """Whether the network of a row is in a folder of runs."""
+    return (runs / row.label / _FINAL).exists()
 
 
 class _Training:
@@ -207,7 +212,7 @@ def _search(
 ) -> dict:
     kind, table = row.system.search, runs / TABLE
     if kind == "time" and not table.exists():
-        raise Blocked(f"{row.search_label}: first `python -m bench.experiment latency --table`")
+        raise Blocked("first `python -m bench.experiment latency --table`, on a quiet machine")
     config = protocol.search(kind, row.sparsity, str(table) if kind == "time" else None)
     settings = {**asdict(config), "latency_table": kind == "time", "images": len(training)}
     run = RunFolder(runs / f"search-{row.search_label}", settings)

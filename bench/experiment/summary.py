@@ -120,26 +120,37 @@ def pairs_table(found: Sequence[Standing]) -> str:
 
 
 def latency_table(found: Sequence[Standing]) -> str:
-    """Times of the systems that were timed."""
+    """Times of the systems that were timed, and how well they were predicted.
+
+    That of sparse MobileNet-v2 over another's is the quotient of how much faster both are than
+    dense MobileNet-v2, each in turn with it.
+    """
     header = ["system", "sparsify, us", "compile, us", "dense MobileNet-v2 / compile"]
-    header += ["itself dense / compile", "predicted / sparsify"]
-    lines = []
+    header += ["sparse MobileNet-v2 / compile", "itself dense / compile", "predicted / sparsify"]
+    sparse = next((s.speedups("compile", "baseline") for s in found if s.name == BASELINE), [])
+    lines, errors = [], []
     for s in found:
         if not s.latencies:
             continue
         timed = [f for f in s.latencies.values() if f["predicted_us"] is not None]
         ratios = [f["predicted_us"] / f["times"]["sparsify"]["median_us"] for f in timed]
+        errors += [abs(ratio - 1) for ratio in ratios]
+        faster = s.speedups("compile", "baseline")
         lines.append(
             [
                 SYSTEMS[s.name].title,
                 spread(s.us("sparsify"), 1),
                 spread(s.us("compile"), 1),
-                spread(s.speedups("compile", "baseline")),
+                spread(faster),
+                f"{statistics.mean(faster) / statistics.mean(sparse):.2f}" if sparse else NONE,
                 spread(s.speedups("compile", "dense")),
                 spread(ratios),
             ]
         )
-    return markdown(header, lines) if lines else "Not timed yet."
+    if not lines:
+        return "Not timed yet."
+    told = f"\n\nPredicted against measured: median error {statistics.median(errors):.0%}."
+    return markdown(header, lines) + (told if errors else "")
 
 
 def cost_line(results: Path) -> str:
