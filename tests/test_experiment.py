@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 pytest.importorskip("bench.experiment", reason="the benchmarks are not part of this tree")
 
+import dass
 from bench.experiment import __main__ as command
 from bench.experiment import running, sizing, summary, timing
 from bench.experiment.clock import Clock, used_hours
+from bench.experiment.falling import FallingDensity
 from bench.experiment.protocol import PROTOCOL, Protocol
 from bench.experiment.rows import Row, read, rows, write
 from bench.experiment.systems import BASELINE, SYSTEMS
@@ -111,6 +114,22 @@ def test_an_allotment_that_cannot_be_is_an_error():
     with pytest.raises(ValueError, match="unknown scope 'lamp'"):
         sizing.allot(layers, 1000, "lamp", 0.01)
     assert set(sizing.allot(layers, len(layers), "uniform", 0.01).values()) == {1}
+
+
+def test_the_density_falls_to_what_each_layer_is_to_keep():
+    model = torch.nn.Sequential(dass.SparseConv2d(4, 8, 3), dass.SparseConv2d(8, 8, 1))
+    for layer, density in zip(model, (0.01, 0.3), strict=True):
+        layer.learn_mask(density)
+    schedule = FallingDensity(model, None, 40)
+    seen = [[layer.density for layer in model]]
+    for _ in range(40):
+        schedule.step()
+        seen.append([layer.density for layer in model])
+    assert seen[0] == [1.0, 1.0] and seen[30:] == [[0.01, 0.3]] * 11
+    assert all(a > b for before, after in zip(seen[:30], seen[1:31]) for a, b in zip(before, after))
+    other = FallingDensity(model, None, 40)
+    other.load_state_dict({"done": 7})
+    assert [layer.density for layer in model] == seen[7]
 
 
 class _Killed(Exception):

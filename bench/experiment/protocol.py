@@ -22,7 +22,8 @@ class Protocol:
         data, size: as in :func:`dass.data.load`; size is height and width in pixels.
         images, held_out: of the training set, stratified by class; disjoint.
         split_seed: of that choice, the same for all rows.
-        epochs, lr: of pre-training, of learning masks, of fine-tuning (HYDRA).
+        epochs, lr: of pre-training, of learning masks, of fine-tuning (HYDRA, with a density that
+            falls while masks are learned: :mod:`bench.experiment.falling`).
         batch_size, weight_decay, clip, warmup: see :class:`dass.training.TrainConfig`.
         width: of the MobileNet-v2 whose nonzeros and weights all others are given.
         layers: cells of a network of cells.
@@ -38,7 +39,7 @@ class Protocol:
     images: int = 8_000
     held_out: int = 2_000
     split_seed: int = 0
-    epochs: tuple[int, int, int] = (5, 2, 10)
+    epochs: tuple[int, int, int] = (5, 3, 9)
     lr: tuple[float, float, float] = (0.05, 0.1, 0.1)
     batch_size: int = 32
     weight_decay: float = 3e-4

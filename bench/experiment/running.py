@@ -21,6 +21,7 @@ from torch import nn
 
 from bench.experiment.clock import Clock
 from bench.experiment.counting import count
+from bench.experiment.falling import falling
 from bench.experiment.protocol import Protocol
 from bench.experiment.rows import Row, read, write
 from bench.experiment.sizing import Sized, layers_of, size_of
@@ -97,7 +98,7 @@ class _Training:
         self.training, self.held_out = training, held_out
         densities = sized.densities(layers_of(sized.network, sized.overrides))
         recipe = protocol.recipe(row.seed)
-        self.stages = stages_of("hydra", recipe, row.sparsity, densities=densities)
+        self.stages = falling(stages_of("hydra", recipe, row.sparsity, densities=densities))
         settings = {"network": sized.network, **sized.overrides, "seed": row.seed}
         settings |= {key: asdict(protocol)[key] for key in _DENSE_SETTINGS}
         settings |= {"epochs": protocol.epochs[0], "lr": protocol.lr[0]}
