@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import typer
+
 from bench.experiment import running, summary, timing
 from bench.experiment.clock import used_hours
 from bench.experiment.protocol import PROTOCOL, Protocol
@@ -135,7 +137,10 @@ COMMANDS: dict[str, Callable] = {
 
 def main(arguments: list[str] | None = None, protocol: Protocol = PROTOCOL) -> None:
     options = parser().parse_args(arguments)
-    COMMANDS[options.command](options, protocol)
+    try:
+        COMMANDS[options.command](options, protocol)
+    except typer.Exit as stop:  # what session() makes of an error, having told it
+        raise SystemExit(stop.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -110,14 +110,7 @@ class _Training:
 
     def run(self, display: Display) -> dict:
         row, sized = self.row, self.sized
-        model = build_network(
-            sized.network,
-            len(self.training.classes),
-            self.training.shape[0],
-            sized.overrides,
-            row.seed,
-        )
-        stages = []
+        model, stages = self._untrained(), []
         for stage in self.stages:
             run = self.dense if stage.name == "pretrain" else self.sparse
             model, result = self._stage(model, stage, run, display)
@@ -143,6 +136,11 @@ class _Training:
             "machine": {key: facts[key] for key in FACTS},
             "date": today(),
         }
+
+    def _untrained(self) -> nn.Module:
+        images, sized = self.training, self.sized
+        classes, channels = len(images.classes), images.shape[0]
+        return build_network(sized.network, classes, channels, sized.overrides, self.row.seed)
 
     def _stage(
         self, model: nn.Module, stage: Stage, run: RunFolder, display: Display
@@ -176,7 +174,9 @@ class _Training:
             )
         else:
             display.skip(stage.name)
-        return load(file, model), result
+        # Into a new network: one that was trained keeps strides of channels-last in its 1x1 layers,
+        # and then rounds differently from one that comes from the file after a break.
+        return load(file, self._untrained()), result
 
     def _train(self, model, stage: Stage, checkpoint: Path, tell: Tell, clock: Clock) -> list[dict]:
         def on_step(p: Progress) -> None:
