@@ -14,7 +14,6 @@ from dass.nn import SparseConv2d, SparseLinear
 from dass.sparse_layer import like
 from dass.surgery import Slots, adopt_hooks, carry_over, copy_model, evaluating, make_permanent
 from dass.timing import Sample, machine_facts, measure, speedup, threads
-from dass_kernels import dense_reason
 
 __all__ = ["LayerChoice", "SparsifyReport", "call_arguments", "densify", "sparsify"]
 
@@ -132,7 +131,8 @@ class _Layer:
             if name not in self.forms:
                 self.forms[name] = carry_over(module, make())
         if not self.bare["sparse"].is_packed:
-            self.reason = _why_not_packed(self.bare["sparse"])
+            reason = self.bare["sparse"].why_dense or "no sparse kernels there"
+            self.reason = f"on {module.weight.device.type}: {reason}"
 
     def totals(self) -> tuple[float, float] | None:
         """(dense, sparse) microseconds of all calls in one forward pass."""
@@ -426,12 +426,6 @@ def _why_not(module: nn.Module) -> str | None:
     if isinstance(module, _SPARSE) and module.scores is not None:
         return "its mask is being learned: freeze_mask() first"
     return None
-
-
-def _why_not_packed(module: SparseConv2d | SparseLinear) -> str:
-    device = module.weight.device
-    why = dense_reason(module.packed().pattern, module.weight.dtype, device)
-    return f"on {device.type}: {why or 'no sparse kernels there'}"
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:

@@ -116,6 +116,7 @@ class SparseLayer(nn.Module):
     _format = "csr"
     _flat: tuple[int, int] = (0, 0)  # start and length of the gather order in _index
     is_packed = False  # runs the sparse ops while frozen; else (full masks, mostly) dense
+    why_dense: str | None = None  # why its device would rather run it dense, if it would
     _mask_version: int | None = None
 
     def _start(self, density: float, pattern: str) -> None:
@@ -185,9 +186,11 @@ class SparseLayer(nn.Module):
 
     def _runs_packed(self, device: torch.device) -> bool:
         full = self._flat[1] == self.weight.numel()
-        if not _has_kernels(device) or (full and not self._suits_kernels()):
-            return False
-        return dense_reason(self._index, self.weight.dtype, device) is None
+        reason = dense_reason(self._index, self.weight.dtype, device)
+        if reason is None and not _has_kernels(device):
+            reason = "no sparse kernels there"
+        self.why_dense = reason
+        return reason is None and (not full or self._suits_kernels())
 
     def _suits_kernels(self) -> bool:
         """Whether the kernels are the faster ones for a dense weight too."""

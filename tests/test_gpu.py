@@ -252,7 +252,9 @@ def test_layers_no_kernel_is_for_are_not_packed():
     net = network("unstructured")
     with fake():
         net = net.to(GPU)
-        assert not any(m.is_packed for m in net if hasattr(m, "mask"))
+        layers = [m for m in net if hasattr(m, "mask")]
+        assert not any(m.is_packed for m in layers)
+        assert all("share their inputs" in m.why_dense for m in layers)
 
 
 @needs_triton

@@ -26,6 +26,12 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _output_of(rows, at, v, R: tl.constexpr):
+    """Outputs of a panel: R neighbours from each multiple of R, which the compiler cannot know."""
+    return tl.max_contiguous(tl.multiple_of(tl.load(rows + at) + v % R, R), R)
+
+
+@triton.jit
 def _activate(y, ACTIVATION: tl.constexpr):
     # Comparisons, not maximum: NaN stays NaN.
     if ACTIVATION == 1:
@@ -49,7 +55,9 @@ def _input_tile(
     rk = tl.arange(0, BK)
     if BLOCKED:
         column = tl.load(columns + at)
-        channel = column // TAPS + rk
+        # x // 1 would be folded away, and the hint with it.
+        begin = tl.multiple_of(column, BK) if TAPS == 1 else tl.multiple_of(column // TAPS, BK)
+        channel = begin + rk
         tap = column % TAPS
         good = (p < pixels)[None, :]
     else:
@@ -91,7 +99,7 @@ def forward(
     m = tl.arange(0, V)
     rk = tl.arange(0, BK)
     start = tl.load(first + panel * (V // R) + m // R)
-    output = tl.load(rows + panel * (V // R) + m // R) + m % R
+    output = _output_of(rows, panel * (V // R) + m // R, m, R)
     live = output < outputs
     begin = tl.load(ptr + panel)
     end = tl.load(ptr + panel + 1)
@@ -103,9 +111,9 @@ def forward(
         else:
             place = at - begin + rk
             good = good & (tl.load(columns + at + rk) >= 0)[None, :]
-        a = tl.load(
-            values + (start[:, None] + place[None, :]) * R + (m % R)[:, None], mask=good, other=0.0
-        )
+        where = (start[:, None] + place[None, :]) * R + (m % R)[:, None]
+        where = tl.max_contiguous(tl.multiple_of(where, [R, 1]), [R, 1])
+        a = tl.load(values + where, mask=good, other=0.0)
         b = _input_tile(
             x, columns, at, p, pixels, plane, width, x_h, x_w, sxn, sxc, sxh, sxw,
             TAPS, KW, SH, SW, PT, PL, DH, DW, POINTWISE, BLOCKED, BK,
@@ -142,14 +150,12 @@ def input_gradient(
     for step in tl.range(tl.load(ptr + tile), tl.load(ptr + tile + 1), num_stages=STAGES):
         at = tl.load(panel_of + step) * (V // R) + v // R
         start = tl.load(first + at)
-        output = tl.load(rows + at) + v % R
+        output = _output_of(rows, at, v, R)
         live = output < outputs
         place = tl.load(entry + step * BM + m)
-        a = tl.load(
-            values + (start[None, :] + place[:, None]) * R + (v % R)[None, :],
-            mask=live[None, :] & (place >= 0)[:, None],
-            other=0.0,
-        )
+        at_values = (start[None, :] + place[:, None]) * R + (v % R)[None, :]
+        at_values = tl.max_contiguous(tl.multiple_of(at_values, [1, R]), [1, R])
+        a = tl.load(values + at_values, mask=live[None, :] & (place >= 0)[:, None], other=0.0)
         good = p < pixels
         if POINTWISE:
             where = image * sgn + q * sgw
@@ -187,7 +193,7 @@ def weight_gradient(
     rk = tl.arange(0, BK)
     at = tl.load(owner + step) * (V // R) + m // R
     start = tl.load(first + at)
-    output = tl.load(rows + at) + m % R
+    output = _output_of(rows, at, m, R)
     live = output < outputs
     acc = tl.zeros((V, BK), tl.float32)
     for begin in tl.range(0, pixels, BP, num_stages=STAGES):
@@ -203,4 +209,5 @@ def weight_gradient(
     place = tl.load(entry + step * BK + rk)
     kept = tl.load(columns + step * BK + rk) >= 0
     where = (start[:, None] + place[None, :]) * R + (m % R)[:, None]
+    where = tl.max_contiguous(tl.multiple_of(where, [R, 1]), [R, 1])
     tl.store(dv + where, acc.to(dv.dtype.element_ty), mask=live[:, None] & kept[None, :])

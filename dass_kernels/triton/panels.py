@@ -66,7 +66,7 @@ class Panels:
         height: V, outputs of a panel. depth: columns of a step. block: R of the format.
         blocked: whether each step is ``depth`` neighbouring channels at one tap (K4).
         first: ``[panels * V / R]``, entry at which each block row of a panel starts.
-        rows: the same length, its first output; ``outputs`` where a panel has no more rows.
+        rows: the same length, its first output; past the last where it has no more.
         ptr: ``[panels + 1]``, start of each panel in ``columns``, a multiple of ``depth``.
         columns: ``channel * taps + tap``, -1 where a step is not full.
         entry: place of each column in its rows, counted from ``first``.
@@ -176,6 +176,7 @@ def build_panels(rows: Rows, height: int, depth: int, blocked: bool) -> Panels:
         blocked: the steps are whole blocks (:func:`block_depth`) in order of tap and channel.
     """
     per_panel = height // rows.block
+    beyond = -(-rows.outputs // rows.block) * rows.block  # a multiple of R, as every row is
     first, row_of, ptr, columns, entries, owner = [], [], [0], [], [], []
     for alike in shared_rows(rows):
         cols = _columns(rows, alike[0])
@@ -191,7 +192,7 @@ def build_panels(rows: Rows, height: int, depth: int, blocked: bool) -> Panels:
             part = alike[at : at + per_panel]
             spare = per_panel - len(part)
             first += [*rows.indptr[part], *[0] * spare]
-            row_of += [*(i * rows.block for i in part), *[rows.outputs] * spare]
+            row_of += [*(i * rows.block for i in part), *[beyond] * spare]
             owner += [len(ptr) - 1] * steps
             ptr.append(ptr[-1] + len(cols))
             columns.append(cols)
