@@ -131,7 +131,8 @@ class _Layer:
             if name not in self.forms:
                 self.forms[name] = carry_over(module, make())
         if not self.bare["sparse"].is_packed:
-            self.reason = f"on {module.weight.device.type}: no sparse kernels there"
+            reason = self.bare["sparse"].why_dense or "no sparse kernels there"
+            self.reason = f"on {module.weight.device.type}: {reason}"
 
     def totals(self) -> tuple[float, float] | None:
         """(dense, sparse) microseconds of all calls in one forward pass."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from dass.masks import parse_pattern, pattern_mask
-from dass_kernels import Packed, build_pattern, choose_format, flat_index
+from dass_kernels import Packed, build_pattern, choose_format, dense_reason, flat_index
 
 __all__ = ["SparseLayer", "like"]
 
@@ -116,6 +116,7 @@ class SparseLayer(nn.Module):
     _format = "csr"
     _flat: tuple[int, int] = (0, 0)  # start and length of the gather order in _index
     is_packed = False  # runs the sparse ops while frozen; else (full masks, mostly) dense
+    why_dense: str | None = None  # why its device would rather run it dense, if it would
     _mask_version: int | None = None
 
     def _start(self, density: float, pattern: str) -> None:
@@ -185,7 +186,11 @@ class SparseLayer(nn.Module):
 
     def _runs_packed(self, device: torch.device) -> bool:
         full = self._flat[1] == self.weight.numel()
-        return _has_kernels(device) and (not full or self._suits_kernels())
+        reason = dense_reason(self._index, self.weight.dtype, device)
+        if reason is None and not _has_kernels(device):
+            reason = "no sparse kernels there"
+        self.why_dense = reason
+        return reason is None and (not full or self._suits_kernels())
 
     def _suits_kernels(self) -> bool:
         """Whether the kernels are the faster ones for a dense weight too."""
@@ -388,9 +393,9 @@ class SparseLayer(nn.Module):
         mask = self.mask
         if mask.is_meta:
             self._index, self.is_packed = None, False
-        elif self._index is not None and self._index.device != mask.device:
-            self._index = self._index.to(mask.device)
+        elif self._index is not None and (self._index.device != mask.device or mask.is_cuda):
             self.is_packed = self._runs_packed(mask.device)
+            self._index = self._index.to(mask.device)
         return self
 
     def _load_from_state_dict(

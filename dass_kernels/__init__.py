@@ -11,6 +11,7 @@ import torch  # noqa: F401  loads the libraries that _C links against
 from . import _C  # isort: skip
 from .build import active_isa, available_isas, build_info, set_isa
 from .formats import Packed, build_pattern, choose_format, flat_index, pack
+from .gpu import dense_reason, register
 from .lanes import conv2d_lanes, from_lanes, register_lanes, to_lanes
 from .ops import conv2d, conv2d_values, conv_spec, linear, linear_values, spmm
 from .program import Program, emit_unavailable
@@ -28,6 +29,7 @@ __all__ = [
     "conv2d_lanes",
     "conv2d_values",
     "conv_spec",
+    "dense_reason",
     "emit_unavailable",
     "flat_index",
     "from_lanes",
@@ -40,4 +42,5 @@ __all__ = [
     "to_lanes",
 ]
 
+register()
 active_isa()  # an unknown DASS_ISA is an error here, not at the first call

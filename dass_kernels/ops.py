@@ -244,20 +244,21 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
 def _with_float(call, x: Tensor, values: Tensor, bias: Tensor | None, residual=None):
     """Runs ``call`` in a dtype the kernels have, and returns what torch's dense op would.
 
-    Halves are computed in float32 and rounded once. Under autocast every operand may come in its
-    own dtype and the result has autocast's.
+    Halves are computed in float32 and rounded once: on a CPU from copies, on a GPU inside the
+    kernels. Under autocast every operand may come in its own dtype and the result has autocast's.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         out = torch.get_autocast_dtype(x.device.type)
+        inside = out if x.is_cuda else torch.float32
         with torch.autocast(x.device.type, enabled=False):
-            args = [t if t is None else t.float() for t in (x, values, bias, residual)]
+            args = [t if t is None else t.to(inside) for t in (x, values, bias, residual)]
             return call(*args).to(out)
     if x.dtype != values.dtype:
         raise ValueError(f"input and weight must have one dtype, got {x.dtype} and {values.dtype}")
-    if x.dtype in _HALVES:
+    if x.dtype in _HALVES and not x.is_cuda:
         args = [t if t is None else t.float() for t in (x, values, bias, residual)]
         return call(*args).to(x.dtype)
-    if x.dtype not in (torch.float32, torch.float64):
+    if x.dtype not in (torch.float32, torch.float64, *_HALVES):
         raise ValueError(f"input must be float32, float64, float16 or bfloat16, got {x.dtype}")
     return call(x, values, bias, residual)
 
