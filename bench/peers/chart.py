@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 from bench.peers import summary
 
 # Pixels.
-_WIDTH, _LEFT, _RIGHT = 860, 262, 48
+_WIDTH, _LEFT, _RIGHT = 900, 302, 48
 _TOP, _ROW, _GROUP, _BOTTOM, _LEGEND = 84, 23, 30, 34, 22
 _FONT = 'system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif'
 _PAPER, _INK, _GREY, _GRID = "#fcfdfe", "#1c2430", "#6b7686", "#e3e7ec"
