@@ -104,7 +104,7 @@ def test_what_a_reader_must_know(files):
         comparison("tiny", {"dass-compile": 1.0}, dense_layers=[]),
     ]
     assert summary.notes([{**row, "isa": "avx512"} for row in rows]) == [
-        "tiny 32, batch 1: layers left dense: none.",
+        "tiny 32, batch 1, 95%: layers left dense: none.",
         "a 32, batch 1, 1 thread, AVX-512, 95%: mnn: not timed: it differs.",
     ]
     (limited,) = summary.notes([{**comparison("a", {"dass-compile": 1.0}), "isa": "avx2"}])

@@ -142,7 +142,7 @@ def notes(rows: Iterable[Mapping]) -> list[str]:
     for row in rows:
         if row["dense_layers"] != list(EXCLUDE):
             dense = ", ".join(row["dense_layers"]) or "none"
-            found.append(f"{network(row)}: layers left dense: {dense}.")
+            found.append(f"{network(row)}, {row['sparsity']:.0%}: layers left dense: {dense}.")
     if any(row["isa"] == "avx2" for row in rows):
         found.append(
             "AVX2: this library, OpenVINO, DeepSparse and torch are kept to it; onnxruntime and "
