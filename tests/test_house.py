@@ -165,7 +165,7 @@ def _header_words():
         for name, word in vars(formats).items()
         if re.fullmatch("_[A-Z_]+", name) and isinstance(word, int)
     }
-    text = (ROOT / "csrc" / "ops" / "pattern.h").read_text()
+    text = (ROOT / "csrc" / "ops" / "pattern_words.h").read_text()
     enum = re.search(r"enum PatternWord : int \{(.*?)\};", text, re.S)[1]
     cpp = {int(word): name for name, word in re.findall(r"k(\w+) = (\d+)", enum)}
     return python, cpp

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from dass.engine.steps import Plan, Step
 from dass.report import Section, Table
 from dass.tables import number, percent
 from dass.timing import machine_facts, threads
+
+WIDEST_WHY = 56  # characters of a table's last column; `to_dict` has all that was measured
 
 if TYPE_CHECKING:
     from dass.engine.compiler import Engine
@@ -92,7 +95,7 @@ class Explanation:
             timed = step.measured and step.kind != "depthwise"  # there it is a group's time
             us = f"{min(step.measured.values()):.1f}" if timed else ""
             least = f"{step.bound_us:.2f}" if step.bound_us else ""
-            words = "; ".join(filter(None, (step.why, step.note)))
+            words = textwrap.shorten("; ".join(filter(None, (step.why, step.note))), WIDEST_WHY)
             shapes = (", ".join(map(_sizes, step.inputs)), _sizes(step.output))
             row = (short(step.source), step.kind, *shapes, weights, step.kernel)
             rows.append((*row, us, least, step.bound_by, words))
