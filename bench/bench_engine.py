@@ -26,6 +26,7 @@ import dass
 import dass_kernels
 from bench import cache_line, session
 from bench.contest import Contest, Entry, NotAvailable
+from bench.inference import two_threads
 from bench.peers import models, race, summary
 from bench.peers.catalogue import PEERS, REFERENCE
 from bench.table import machine_line, markdown
@@ -60,21 +61,8 @@ def thread_contests(networks: Iterable[tuple[str, int]] = NETWORKS) -> Iterator[
 def thread_contest(network: str, size: int, sparsity: float = SPARSITY) -> Contest:
     with tempfile.TemporaryDirectory() as folder:
         case = models.make(network, sparsity, Path(folder), size=size)
-    engine, x = dass.compile(case.model, case.example), case.example
-
-    def on(threads: int) -> Entry:
-        return Entry(lambda: engine(x), setup=lambda: torch.set_num_threads(threads))
-
-    return Contest(
-        group="threads",
-        kind=network,
-        label=f"{network} {size}",
-        sparsity=sparsity,
-        entries={"two": on(2), "one": on(1)},
-        baselines={"one thread": ("one",)},
-        threads=2,
-        tolerance=0.0,
-    )
+    engine = dass.compile(case.model, case.example)
+    return two_threads(lambda: engine(case.example), network, f"{network} {size}", sparsity)
 
 
 def dead_contests(networks: Iterable[tuple[str, int]] = DEAD_NETWORKS) -> Iterator[Contest]:

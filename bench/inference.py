@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -157,14 +157,20 @@ def threads(sparsities: Iterable[float]) -> Iterator[Contest]:
 def thread_contest(case: Conv | Linear, sparsity: float, batch: int) -> Contest:
     layer, mask = masked_layer(case, sparsity)
     sparse, x = sparse_layer(layer, mask), random_input(case, batch)
+    kind = case.kind if batch == 1 else f"{case.kind} b{batch}"
+    return two_threads(lambda: sparse(x), kind, f"{case.label} b{batch}", sparsity)
+
+
+def two_threads(call: Callable[[], Tensor], kind: str, label: str, sparsity: float) -> Contest:
+    """One call on two threads and on one, which must give the same bits."""
 
     def with_threads(count: int) -> Entry:
-        return Entry(lambda: sparse(x), setup=lambda: torch.set_num_threads(count))
+        return Entry(call, setup=lambda: torch.set_num_threads(count))
 
     return Contest(
         group="threads",
-        kind=case.kind if batch == 1 else f"{case.kind} b{batch}",
-        label=f"{case.label} b{batch}",
+        kind=kind,
+        label=label,
         sparsity=sparsity,
         entries={"two": with_threads(2), "one": with_threads(1)},
         baselines={"one thread": ("one",)},

@@ -23,6 +23,7 @@ from dass.engine.graph import (
     Torch,
 )
 from dass.engine.interpret import run
+from dass.engine.passes import Report, fold_constants, remove_dead
 
 
 class Sketch:
@@ -136,3 +137,8 @@ def same(graph: Graph, changed: Graph, tolerance: float = 1e-12) -> None:
 
 def ops(graph: Graph) -> list[str]:
     return [node.op for node in graph]
+
+
+def shrunk(graph: Graph) -> tuple[Graph, Report]:
+    """Without constants and what nobody reads then."""
+    return remove_dead(fold_constants(graph))
